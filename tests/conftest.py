@@ -1,0 +1,31 @@
+"""Shared fixtures. Reference data lies beside the checkout, in ../shared; tests that read it skip where it is absent."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# One process plays eight devices, so that every mesh shape can be tested on any machine.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def _folder(name: str) -> Path:
+    path = SHARED / name
+    if not path.is_dir():
+        pytest.skip(f"reference data not present: ../shared/{name} does not exist beside this checkout")
+    return path
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Arrays made by the official PyTorch code (see its README)."""
+    return _folder("golden")
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """Nine real photographs."""
+    return _folder("photos")
