@@ -7,7 +7,9 @@ from typing import Any, Self
 
 from silkie_jax.errors import UserError
 
-IMAGE_TOKENS = 256  # embedding rows between <img> and </img>; also the resampler's queries (official visual.py)
+IMAGE_TOKENS = (
+    256  # embedding rows between <img> and </img>; also the resampler's queries (official visual.py)
+)
 _SPECIALS_BEFORE_IMAGE = 3 + 205 + 6  # <|endoftext|> <|im_start|> <|im_end|>, the extras, <ref> ... </quad>
 
 
@@ -121,7 +123,9 @@ class QwenVLConfig:
         if self.attention_width != self.hidden_size:
             raise UserError(f"{where}: kv_channels x num_attention_heads must equal hidden_size")
         if v.output_dim != self.hidden_size:
-            raise UserError(f"{where}: visual.output_dim {v.output_dim} must equal hidden_size {self.hidden_size}")
+            raise UserError(
+                f"{where}: visual.output_dim {v.output_dim} must equal hidden_size {self.hidden_size}"
+            )
         if v.image_size % v.patch_size or v.width % v.heads or v.output_dim % 128:
             raise UserError(
                 f"{where}: visual needs image_size divisible by patch_size, width by heads, output_dim by 128"
@@ -143,7 +147,9 @@ class QwenVLConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The official config.json with every field it was read with."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("visual", "raw")}
+        own = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("visual", "raw")
+        }
         raw = json.loads(self.raw)
         return {**raw, **own, "visual": {**raw.get("visual", {}), **dataclasses.asdict(self.visual)}}
 

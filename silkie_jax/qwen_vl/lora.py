@@ -41,7 +41,7 @@ class Linear(nnx.Module):
         self.lora_b = nnx.data(None)  # [*out, rank]
         self.lora_scale = 0.0
 
-    def __call__(self, x: Float[Array, "... I"], adapter: bool = True) -> Float[Array, "... *O"]:
+    def __call__(self, x: Float[Array, "... I"], adapter: bool = True) -> Float[Array, "... O"]:
         """Computes in the type of `x`. `adapter=False` is the base layer, whatever is attached."""
         y = _contract(x, self.weight[...])
         if self.bias is not None:
@@ -91,7 +91,9 @@ def add_lora(
     layers = dict(linears(model.language.layers))
     for target in targets:
         if not any(matches(name, [target]) for name in layers):
-            raise UserError(f"lora.targets: {target!r} matches no decoder layer; there are {', '.join(layers)}")
+            raise UserError(
+                f"lora.targets: {target!r} matches no decoder layer; there are {', '.join(layers)}"
+            )
     for name, linear in layers.items():
         if not matches(name, targets):
             continue
