@@ -105,7 +105,7 @@ class QwenVL(nnx.Module):
         return self.language(x, r, branch_mask(branches), adapter=adapter, remat=remat)
 
 
-@partial(jax.jit, static_argnums=(0, 5))
+@partial(jax.jit, static_argnames=("graph", "train"))
 def _logits(graph, state, tokens, images, mask, train):
     model: QwenVL = nnx.merge(graph, state)
     features = None if images is None else model.encode_images(images)
@@ -128,9 +128,7 @@ def place_images(
     return jnp.where(inside[:, None], rows.astype(x.dtype), x)
 
 
-def check_images(
-    config: QwenVLConfig, tokens: Int[Array, "B T"], images: UInt8[Array, "N S S 3"] | None
-) -> None:
+def check_images(config: QwenVLConfig, tokens: Int[Array, "B T"], images: UInt8[Array, "N S S 3"] | None) -> None:
     """Refuses images that do not fit the tokens, where both are known (not while tracing)."""
     if images is not None:
         side = config.visual.image_size
@@ -146,7 +144,5 @@ def check_images(
     if len(starts) != count:
         raise UserError(f"the tokens hold {len(starts)} <img> spans but {count} images were given")
     ends = starts + IMAGE_TOKENS + 1
-    if (ends >= ids.shape[1]).any() or (
-        ids[rows, np.minimum(ends, ids.shape[1] - 1)] != config.image_end
-    ).any():
+    if (ends >= ids.shape[1]).any() or (ids[rows, np.minimum(ends, ids.shape[1] - 1)] != config.image_end).any():
         raise UserError(f"an <img> is not followed by {IMAGE_TOKENS} ids and </img>: the image span is cut")
