@@ -87,9 +87,7 @@ class Attention(nnx.Module):
         self.c_attn = Linear(width, (3, inner), (None, "heads", "embed"), dtype=dtype, rngs=rngs)
         self.c_proj = Linear(inner, (width,), ("embed", "heads"), bias=False, dtype=dtype, rngs=rngs)
 
-    def qkv(
-        self, x: Float[Array, "B T W"], r: Rotation, adapter: bool
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def qkv(self, x: Float[Array, "B T W"], r: Rotation, adapter: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries and keys, and values, each [B, T, H, D]."""
         qkv = self.c_attn(x, adapter)  # [B, T, 3, H * D]
         qkv = qkv.reshape(*qkv.shape[:3], self.heads, -1)
@@ -155,9 +153,7 @@ class Decoder(nnx.Module):
         self.wte = nnx.Param(init(rngs.params(), (config.vocab_size, width), dtype), axes=("vocab", "embed"))
         self.layers = stack(lambda rngs: Block(config, dtype, rngs), config.num_hidden_layers, rngs)
         self.ln_f = RMSNorm(width, config.layer_norm_epsilon, dtype)
-        self.lm_head = Linear(
-            width, (config.vocab_size,), ("vocab", "embed"), bias=False, dtype=dtype, rngs=rngs
-        )
+        self.lm_head = Linear(width, (config.vocab_size,), ("vocab", "embed"), bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -166,9 +162,9 @@ class Decoder(nnx.Module):
         mask: Bool[Array, "B T T"],
         *,
         adapter: bool = True,
-        remat: Callable | None = None,
+        wrap: Callable | None = None,
     ) -> Float[Array, "B T W"]:
-        x = scan(self.layers, x, lambda block, x: block(x, r, mask, adapter), remat)
+        x = scan(self.layers, x, lambda block, x: block(x, r, mask, adapter), wrap)
         return self.ln_f(x)
 
     def cached(

@@ -59,11 +59,11 @@ class QwenVL(nnx.Module):
         return _logits(graph, state, jnp.asarray(tokens), images, mask, train)
 
     def encode_images(
-        self, images: UInt8[Array, "... S S 3"], remat: Callable | None = None
+        self, images: UInt8[Array, "... S S 3"], wrap: Callable | None = None
     ) -> Float[Array, "... 256 W"]:
         """The rows that stand for each image."""
         *lead, h, w, c = images.shape
-        rows = self.visual(images.reshape(-1, h, w, c), self.dtype, remat)
+        rows = self.visual(images.reshape(-1, h, w, c), self.dtype, wrap)
         return rows.reshape(*lead, *rows.shape[1:])
 
     def embed(
@@ -96,13 +96,13 @@ class QwenVL(nnx.Module):
         *,
         train: bool,
         adapter: bool = True,
-        remat: Callable | None = None,
+        wrap: Callable | None = None,
     ) -> Float[Array, "B T W"]:
         """Normalised hidden states of rows with branches (attention.branch_mask); `adapter=False` is the base model."""
         alpha = 1.0 if train else ntk_alpha(self.config, tokens.shape[1])
         r = rotation(self.config, positions, alpha, train)
         x = self.embed(tokens, features)
-        return self.language(x, r, branch_mask(branches), adapter=adapter, remat=remat)
+        return self.language(x, r, branch_mask(branches), adapter=adapter, wrap=wrap)
 
 
 @partial(jax.jit, static_argnames=("graph", "train"))

@@ -135,11 +135,11 @@ class VisionTower(nnx.Module):
         self.proj = nnx.Param(init(rngs.params(), (dim, dim), dtype), axes=("embed", "heads"))
 
     def __call__(
-        self, images: UInt8[Array, "N S S 3"], dtype: jnp.dtype, remat: Callable | None = None
+        self, images: UInt8[Array, "N S S 3"], dtype: jnp.dtype, wrap: Callable | None = None
     ) -> Float[Array, "N 256 D"]:
-        """Encodes images in `dtype`. `remat` wraps the block, as `jax.checkpoint` does."""
+        """Encodes images in `dtype`. `wrap` wraps each block, as `jax.checkpoint` does."""
         x = self.embed_patches(images, dtype)
-        x = scan(self.layers, x, lambda block, x: block(x), remat)
+        x = scan(self.layers, x, lambda block, x: block(x), wrap)
         return self.pool(x)
 
     def embed_patches(self, images: UInt8[Array, "N S S 3"], dtype: jnp.dtype) -> Float[Array, "N P W"]:
@@ -190,9 +190,7 @@ def _bicubic(source: int, target: int) -> np.ndarray:
         d = np.abs(centre - (first + tap))
         near = (a + 2) * d**3 - (a + 3) * d**2 + 1
         far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
-        np.add.at(
-            matrix, (np.arange(target), np.clip(first + tap, 0, source - 1)), np.where(d <= 1, near, far)
-        )
+        np.add.at(matrix, (np.arange(target), np.clip(first + tap, 0, source - 1)), np.where(d <= 1, near, far))
     return matrix
 
 
@@ -201,11 +199,11 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) ->
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.fork(split=depth))
 
 
-def scan(layers: nnx.Module, x: jax.Array, apply: Callable, remat: Callable | None = None) -> jax.Array:
+def scan(layers: nnx.Module, x: jax.Array, apply: Callable, wrap: Callable | None = None) -> jax.Array:
     """x = apply(layer, x) over stacked layers, compiled once whatever the depth."""
     graph, state = nnx.split(layers)
 
     def body(x: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
         return apply(nnx.merge(graph, state), x), None
 
-    return jax.lax.scan(remat(body) if remat else body, x, state)[0]
+    return jax.lax.scan(wrap(body) if wrap else body, x, state)[0]
