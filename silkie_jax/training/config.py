@@ -1,0 +1,249 @@
+"""The training configuration: typed, read from YAML and `key=value` overrides, checked in one place."""
+
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from silkie_jax.errors import UserError
+from silkie_jax.preference.losses import LossOptions, check_loss
+
+OBJECTIVES = ("dpo", "sft")
+REFERENCES = ("adapter_off", "copy")
+VISION = ("none", "resampler", "all")
+SCHEDULES = ("cosine", "linear", "constant")
+REMAT = ("full", "dots", "none")
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclasses.dataclass
+class LoraConfig:
+    """Adapters on the decoder; `targets` follow PEFT's suffix rule."""
+
+    rank: int = 64
+    alpha: float = 16.0
+    targets: list[str] = dataclasses.field(default_factory=lambda: ["c_attn", "attn.c_proj", "w1", "w2"])
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """AdamW with decoupled weight decay (arXiv 1711.05101), not applied to biases and norms."""
+
+    learning_rate: float = 1e-5
+    schedule: str = "cosine"  # cosine and linear decay to zero at the last step
+    warmup_ratio: float | None = None  # of all steps; None: 0.1, or 0 for a constant schedule
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    clip_norm: float | None = 1.0  # global norm of the gradient; None: not clipped
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """Devices along each axis; -1 takes what the others leave (on one axis only)."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """Everything a run depends on. The defaults are Silkie's recipe where it has one (arXiv 2312.10665)."""
+
+    model: str = ""  # a converted or a Hugging Face folder
+    corpus: str = ""
+    run_dir: str = ""
+    adapter: str | None = None  # start from this PEFT folder; its rank, alpha and targets replace `lora`
+    objective: str = "dpo"
+    loss: str = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    pair_rule: Any = None  # None: mean_rating, or the given pairs of a corpus that has no ratings
+    reference: str | None = None  # None: adapter_off with LoRA over a frozen tower, else copy
+    lora: LoraConfig | None = dataclasses.field(default_factory=LoraConfig)  # null: full fine-tuning
+    train_vision: str = "none"
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    batch_rows: int = 16  # instructions that go through the model at once, over all devices
+    accumulate: int = 1  # such batches for one update
+    epochs: float | None = None  # None: 3, unless `steps` is given
+    steps: int | None = None
+    max_length: int = 2048  # tokens of prompt and one response
+    max_prompt_length: int | None = None  # what a prompt is cut to where that is exceeded; None: half
+    seed: int = 0
+    dtype: str = "bfloat16"  # of computation and of frozen weights; what is trained is kept in float32
+    remat: str = "full"  # what the backward pass computes again: every layer, all but its matmuls, nothing
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    evaluate_every: int = 100
+    evaluation_fraction: float = 0.005
+    log_every: int = 10
+    workers: int = 2  # threads that prepare batches
+    wandb: str | None = None  # project to log to, where wandb is installed
+
+    @property
+    def loss_options(self) -> LossOptions:
+        return LossOptions(self.beta, self.label_smoothing)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
+    """Reads YAML, applies `key=value` overrides, fills in what depends on other keys, and checks everything.
+
+    Raises:
+      UserError: one line that names the key and the mend.
+    """
+    try:
+        given = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot be read ({e})") from None
+    except Exception as e:  # yaml's own errors span several lines
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(e).split())})") from None
+    for item in overrides:
+        if "=" not in item:
+            raise UserError(f"{item!r} is not an override; write key=value")
+    if not OmegaConf.is_dict(given):
+        raise UserError(f"{path}: expected keys and values")
+    return make_config(OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides))), where=str(path))
+
+
+def make_config(given: Any, where: str = "config") -> TrainConfig:
+    """The checked configuration from a (nested) mapping."""
+    schema = OmegaConf.structured(TrainConfig)
+    given = OmegaConf.create(given)
+    _check_keys(given, schema, where)
+    try:
+        if given.get("lora", "") is None:  # a merge would keep the default's fields
+            schema.lora = None
+        config: TrainConfig = OmegaConf.to_object(OmegaConf.merge(schema, given))  # type: ignore[assignment]
+    except OmegaConfBaseException as e:
+        key = getattr(e, "full_key", None)
+        message = str(e).splitlines()[0]
+        raise UserError(f"{where}: {key + ': ' if key else ''}{message}") from None
+    _resolve(config)
+    _check(config, where)
+    return config
+
+
+def _check_keys(given: Any, schema: Any, where: str, prefix: str = "") -> None:
+    for key in given:
+        if key not in schema:
+            near = difflib.get_close_matches(str(key), list(schema), n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; there are {', '.join(schema)}"
+            raise UserError(f"{where}: unknown key {prefix}{key}{hint}")
+        if key != "pair_rule" and OmegaConf.is_dict(schema[key]) and OmegaConf.is_dict(given[key]):
+            _check_keys(given[key], schema[key], where, f"{prefix}{key}.")
+
+
+def _resolve(config: TrainConfig) -> None:
+    """Fills in the defaults that depend on other keys, so that the saved config says what was done."""
+    if config.optimizer.warmup_ratio is None:
+        config.optimizer.warmup_ratio = 0.0 if config.optimizer.schedule == "constant" else 0.1
+    if config.epochs is None and config.steps is None:
+        config.epochs = 3
+    if config.max_prompt_length is None:
+        config.max_prompt_length = config.max_length // 2
+    if config.objective == "dpo" and config.reference is None:
+        config.reference = "adapter_off" if config.lora and config.train_vision == "none" else "copy"
+
+
+def _check(config: TrainConfig, where: str) -> None:
+    """All rules over single keys and over several; each message names the key and the mend."""
+
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            raise UserError(f"{where}: {message}")
+
+    def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+        need(value in choices, f"{key}: {value!r} is unknown; choose one of {', '.join(choices)}")
+
+    missing = [key for key in ("model", "corpus", "run_dir") if getattr(config, key) == ""]
+    need(not missing, f"{', '.join(missing)} must be set")
+    one_of("objective", config.objective, OBJECTIVES)
+    one_of("train_vision", config.train_vision, VISION)
+    one_of("optimizer.schedule", config.optimizer.schedule, SCHEDULES)
+    one_of("dtype", config.dtype, DTYPES)
+    one_of("remat", config.remat, REMAT)
+    for key in ("batch_rows", "accumulate", "checkpoint_every", "keep_checkpoints", "evaluate_every", "log_every"):
+        need(getattr(config, key) >= 1, f"{key} must be at least 1, not {getattr(config, key)}")
+    need(config.workers >= 1, f"workers must be at least 1, not {config.workers}")
+    need(config.epochs is None or config.steps is None, "epochs and steps are both set; keep one")
+    need(config.epochs is None or config.epochs > 0, f"epochs must be positive, not {config.epochs}")
+    need(config.steps is None or config.steps >= 1, f"steps must be at least 1, not {config.steps}")
+    need(config.max_length >= 8, f"max_length must be at least 8, not {config.max_length}")
+    need(
+        0 < (config.max_prompt_length or 0) < config.max_length,
+        f"max_prompt_length must be between 1 and max_length {config.max_length}, not {config.max_prompt_length}",
+    )
+    need(
+        0 <= config.evaluation_fraction < 1,
+        f"evaluation_fraction must be in [0, 1), not {config.evaluation_fraction}",
+    )
+    sizes = dataclasses.astuple(config.mesh)
+    need(all(s == -1 or s >= 1 for s in sizes), f"mesh sizes must be at least 1, or -1 for the rest, not {sizes}")
+    need(sizes.count(-1) <= 1, "only one mesh axis can be -1")
+    o = config.optimizer
+    need(o.learning_rate > 0, f"optimizer.learning_rate must be positive, not {o.learning_rate}")
+    need(0 <= (o.warmup_ratio or 0) < 1, f"optimizer.warmup_ratio must be in [0, 1), not {o.warmup_ratio}")
+    need(0 <= o.beta1 < 1 and 0 <= o.beta2 < 1, "optimizer.beta1 and beta2 must be in [0, 1)")
+    need(o.eps > 0 and o.weight_decay >= 0, "optimizer.eps must be positive and weight_decay not negative")
+    need(o.clip_norm is None or o.clip_norm > 0, "optimizer.clip_norm must be positive, or null for none")
+    if config.lora:
+        need(config.lora.rank >= 1, f"lora.rank must be at least 1, not {config.lora.rank}")
+        need(config.lora.alpha > 0, f"lora.alpha must be positive, not {config.lora.alpha}")
+        need(bool(config.lora.targets), "lora.targets is empty; name layers, or set lora=null for full fine-tuning")
+    need(
+        not config.adapter or bool(config.lora), "adapter is set but lora is null; merge it with `silkie export` first"
+    )
+    if config.objective == "sft":
+        need(config.reference is None, "reference has no meaning in objective sft; remove it")
+        return
+    one_of("reference", config.reference or "", REFERENCES)
+    if config.reference == "adapter_off":
+        need(bool(config.lora), "reference adapter_off needs lora; use reference: copy for full fine-tuning")
+        need(
+            config.train_vision == "none",
+            f"reference adapter_off needs a frozen vision tower, but train_vision is {config.train_vision}; "
+            "use reference: copy",
+        )
+    try:
+        check_loss(config.loss, config.loss_options)
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from None
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Writes the resolved configuration as YAML."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+# Keys that may differ between the parts of one run: they do not change what is computed.
+_FREE = re.compile(
+    r"^(run_dir|workers|log_every|evaluate_every|checkpoint_every|keep_checkpoints|wandb|mesh\..*|remat)$"
+)
+
+
+def check_same_run(config: TrainConfig, path: Path) -> None:
+    """Refuses to continue a run under another configuration, naming what differs."""
+    before, now = (_flat(dataclasses.asdict(c)) for c in (make_config(OmegaConf.load(path), str(path)), config))
+    different = [k for k in now if before.get(k) != now[k] and not _FREE.match(k)]
+    if different:
+        changes = ", ".join(f"{k} was {before.get(k)!r} and is {now[k]!r}" for k in different)
+        raise UserError(f"{path.parent} holds another run: {changes}; use a new run_dir or the old values")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out

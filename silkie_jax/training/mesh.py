@@ -1,0 +1,66 @@
+"""The device mesh, and the one table that says which logical axis of an array lies along which mesh axis."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from silkie_jax.errors import UserError
+from silkie_jax.training.config import MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axis. Parameters name their axes where they are made (qwen_vl); what is not listed is replicated.
+RULES: dict[str | None, str] = {
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+BATCH = ("data", "fsdp")  # rows are split over both
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (all of them by default), axes data x fsdp x tensor.
+
+    A mesh smaller than the machine uses the first devices, if it divides their number.
+
+    Raises:
+      UserError: the sizes do not fit the devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [config.data, config.fsdp, config.tensor]
+    written = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
+    fixed = math.prod(s for s in sizes if s != -1)
+    if len(devices) % fixed:
+        raise UserError(f"mesh {written} does not divide the {len(devices)} devices here; their product must")
+    sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
+    used = math.prod(sizes)
+    if used < len(devices) and jax.process_count() > 1:
+        raise UserError(f"mesh {written} uses {used} of {len(devices)} devices; on several hosts it must use all")
+    return Mesh(np.asarray(devices[:used]).reshape(sizes), AXES)
+
+
+def sharding_of(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+    """Where an array with these logical axes lies. A dimension that its mesh axis does not divide is replicated."""
+    spec = []
+    for axis, size in zip(axes, shape, strict=True):
+        name = RULES.get(axis)
+        spec.append(name if name and size % mesh.shape[name] == 0 else None)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Rows over data and fsdp, after `leading` unsharded dimensions."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * leading, BATCH))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """How many ways rows are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]

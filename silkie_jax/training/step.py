@@ -1,0 +1,260 @@
+"""The training step: a pure function of state and batch, the same for one CPU and a pod."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from silkie_jax.preference.logprobs import branch_sums, token_logprobs
+from silkie_jax.preference.losses import LOSSES, LossOptions, Pairs
+from silkie_jax.qwen_vl.model import QwenVL
+from silkie_jax.training.mesh import batch_sharding
+
+Arrays = dict[str, Array]
+Metrics = dict[str, Float[Array, ""]]
+BRANCHES = 4  # branch counts are padded to multiples of this
+
+
+class State(NamedTuple):
+    """What training changes, and what it only reads."""
+
+    trainable: nnx.State
+    optimizer: optax.OptState
+    frozen: nnx.State
+    reference: nnx.State | None  # the starting values of `trainable`, where the reference is a copy
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimised. `reference` is adapter_off, copy, or None for supervised fine-tuning."""
+
+    loss: str = "sigmoid"
+    options: LossOptions = LossOptions()
+    reference: str | None = "adapter_off"
+    remat: str = "full"
+
+
+def trainable_filter(*, lora: bool, train_vision: str) -> Callable[[tuple, Any], bool]:
+    """Which parameters training changes: adapters or the whole decoder, and as much of the vision tower as asked."""
+
+    def chosen(path: tuple, value: Any) -> bool:
+        if not isinstance(value, nnx.Param):
+            return False
+        if path[0] == "visual":
+            return train_vision == "all" or (train_vision == "resampler" and path[1] in _RESAMPLER)
+        return isinstance(value, nnx.LoRAParam) or not lora
+
+    return chosen
+
+
+_RESAMPLER = ("attn_pool", "ln_post", "proj")
+
+
+def response_logps(
+    model: QwenVL, batch: Arrays, features: Array | None, *, branches: int, adapter: bool, wrap: Callable
+) -> Float[Array, "B K"]:
+    """Summed log-probability of each branch's labels, in training mode."""
+    hidden = model.hidden(
+        batch["tokens"], batch["positions"], batch["branches"], features, train=True, adapter=adapter, wrap=wrap
+    )
+    logps = token_logprobs(hidden, batch["predecessors"], batch["labels"], model.language.logits)
+    return branch_sums(logps, batch["label_branches"], branches)
+
+
+def block_wrapper(remat: str, mesh: Mesh | None) -> Callable:
+    """What goes around each layer: rematerialisation, and rows kept over the batch axes of the mesh."""
+    keep = {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }.get(remat)
+
+    def wrap(body: Callable) -> Callable:
+        def constrained(x: Array, layer: Any) -> tuple[Array, None]:
+            if mesh is not None:
+                x = jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+            return body(x, layer)
+
+        # `prevent_cse` only matters outside of a scan.
+        return constrained if keep is None else jax.checkpoint(constrained, policy=keep, prevent_cse=False)
+
+    return wrap
+
+
+def branch_count(most: int) -> int:
+    """Branches to compute for rows of at most `most`: few different numbers, so that few shapes are compiled."""
+    return -(-max(most, 1) // BRANCHES) * BRANCHES
+
+
+class Step:
+    """Compiled training and evaluation of one model under one objective on one mesh."""
+
+    def __init__(
+        self,
+        graph: nnx.GraphDef,
+        objective: Objective,
+        optimizer: optax.GradientTransformation,
+        *,
+        mesh: Mesh | None = None,
+        vision_trained: bool = False,
+    ):
+        self.graph, self.objective, self.optimizer, self.mesh = graph, objective, optimizer, mesh
+        self.vision_trained = vision_trained
+        self.train = jax.jit(self._train, static_argnames="branches", donate_argnums=(0, 1))
+        self.evaluate = jax.jit(self._evaluate, static_argnames="branches")
+
+    def _train(
+        self,
+        trainable: nnx.State,
+        optimizer: optax.OptState,
+        frozen: nnx.State,
+        reference: nnx.State | None,
+        batch: Arrays,
+        branches: int,
+    ) -> tuple[nnx.State, optax.OptState, Metrics]:
+        """One update from [A, B, ...] arrays: the mean over all pairs (sft: tokens) of all A x B rows."""
+        total = self._weight(batch)
+
+        def accumulate(carry: tuple[nnx.State, Metrics], rows: Arrays):
+            grads, sums = carry
+            (_, more), g = jax.value_and_grad(self._loss, has_aux=True)(
+                trainable, frozen, reference, rows, total, branches
+            )
+            return (jax.tree.map(jnp.add, grads, g), jax.tree.map(jnp.add, sums, more)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, trainable)
+        first = jax.tree.map(lambda x: x[0], batch)
+        shapes = jax.eval_shape(partial(self._loss, branches=branches), trainable, frozen, reference, first, total)[1]
+        sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        (grads, sums), _ = jax.lax.scan(accumulate, (zeros, sums), batch)
+        updates, optimizer = self.optimizer.update(grads, optimizer, trainable)
+        metrics = self._metrics(sums, total) | {"grad_norm": optax.global_norm(grads)}
+        return optax.apply_updates(trainable, updates), optimizer, metrics
+
+    def _evaluate(
+        self,
+        trainable: nnx.State,
+        frozen: nnx.State,
+        reference: nnx.State | None,
+        batch: Arrays,
+        branches: int,
+    ) -> tuple[Metrics, Float[Array, ""]]:
+        """Sums of the metrics over a batch [1, B, ...], and their weight (pairs, or tokens for sft)."""
+        rows = jax.tree.map(lambda x: x[0], batch)
+        total = self._weight(batch)
+        _, sums = self._loss(trainable, frozen, reference, rows, jnp.float32(1), branches)
+        return sums, total
+
+    def _weight(self, batch: Arrays) -> Float[Array, ""]:
+        counted = batch["pair_mask"] if self.objective.reference else batch["label_branches"] > 0
+        return jnp.maximum(counted.sum(), 1).astype(jnp.float32)
+
+    def _metrics(self, sums: Metrics, total: Float[Array, ""]) -> Metrics:
+        return {k: v if k == "loss" else v / total for k, v in sums.items()}
+
+    def _loss(
+        self,
+        trainable: nnx.State,
+        frozen: nnx.State,
+        reference: nnx.State | None,
+        rows: Arrays,
+        total: Float[Array, ""],
+        branches: int,
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """This batch's share of the step's loss, and sums over its pairs of what is reported.
+
+        The images are encoded once; the reference sees the same features unless the tower itself is trained.
+        """
+        wrap = block_wrapper(self.objective.remat, self.mesh)
+        policy: QwenVL = nnx.merge(self.graph, trainable, frozen)
+        images = rows.get("images")
+        features = None if images is None else policy.encode_images(images, wrap)
+        logps = response_logps(policy, rows, features, branches=branches, adapter=True, wrap=wrap)
+        if self.objective.reference is None:
+            loss = -logps.sum() / total
+            return loss, {"loss": loss, "logps/chosen": logps.sum()}
+
+        base = policy
+        if reference is not None:
+            base = nnx.merge(self.graph, reference, frozen)
+            if self.vision_trained and images is not None:
+                features = base.encode_images(images, wrap)
+        base_logps = jax.lax.stop_gradient(
+            response_logps(base, rows, features, branches=branches, adapter=reference is not None, wrap=wrap)
+        )
+        tokens = branch_sums(jnp.ones(rows["labels"].shape), rows["label_branches"], branches)
+        pairs, valid = make_pairs(logps, base_logps, tokens, rows["pairs"]), rows["pair_mask"].reshape(-1)
+
+        def add(values: Float[Array, "P"]) -> Float[Array, ""]:
+            return jnp.where(valid, values, 0).sum()
+
+        options = self.objective.options
+        losses = LOSSES[self.objective.loss](pairs, options)
+        loss = add(losses) / total
+        chosen, rejected = options.beta * pairs.chosen_log_ratio, options.beta * pairs.rejected_log_ratio
+        return loss, {
+            "loss": loss,
+            "rewards/chosen": add(chosen),
+            "rewards/rejected": add(rejected),
+            "rewards/accuracies": add((chosen > rejected).astype(jnp.float32)),
+            "rewards/margins": add(chosen - rejected),
+            "logps/chosen": add(pairs.policy_chosen),
+            "logps/rejected": add(pairs.policy_rejected),
+        }
+
+
+def make_pairs(
+    policy: Float[Array, "B K"],
+    reference: Float[Array, "B K"],
+    tokens: Float[Array, "B K"],
+    pairs: Int[Array, "B P 2"],
+) -> Pairs:
+    """The pairs of all rows in one list: a row of K branches gives all its pairs from K log-probabilities."""
+
+    def pick(values: Float[Array, "B K"], side: int) -> Float[Array, "B*P"]:
+        return jnp.take_along_axis(values, pairs[..., side], axis=1).reshape(-1)
+
+    return Pairs(*(pick(values, side) for values in (policy, reference, tokens) for side in (0, 1)))
+
+
+def make_optimizer(
+    learning_rate: optax.Schedule,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    clip_norm: float | None,
+    decayed: Any = None,
+) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101) after clipping by the global norm. `decayed` masks what weight decay touches."""
+    adamw = optax.adamw(learning_rate, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay, mask=decayed)
+    return adamw if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
+
+
+def make_schedule(name: str, peak: float, steps: int, warmup_ratio: float) -> optax.Schedule:
+    """Linear warm-up from 0 over ceil(steps x ratio), then cosine or linear to 0 at `steps`, or constant.
+
+    The rate of an update is that of the updates before it, as in the original: the first one of a warm-up has rate 0.
+    """
+    warmup = -int(-steps * warmup_ratio // 1)
+    rest = max(steps - warmup, 1)
+    after = {
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+        "constant": lambda: optax.constant_schedule(peak),
+    }[name]()
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+
+
+def decay_mask(trainable: nnx.State) -> nnx.State:
+    """True where weight decay applies: everywhere but on biases and norms, as the original's optimiser groups do."""
+    return nnx.map_state(
+        lambda path, _: path[-1] != "bias" and not any(str(p).startswith("ln_") for p in path), trainable
+    )
