@@ -1,0 +1,58 @@
+# Every target sets itself up in .venv; Python 3.11 or later (with its venv module) and make are all that must be there.
+# A stamp in .venv says what is installed; changing pyproject.toml or constraints.txt installs again.
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-torch lint format clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+# python3 where it is new enough, otherwise a newer one beside it; `make PYTHON=/path/to/python3.12 ...` overrides.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+LINTED := silkie_jax data_prep benchmarks examples tests
+# `make test TEST="tests/qwen_vl -k lora"` runs some of the tests.
+TEST ?= tests
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+quickstart: $(VENV)/.installed-core  ## the whole road on small generated data, a few minutes on two cores
+	$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/.installed-dev  ## the test suite; TEST="PATH -k WORD" for some of it
+	$(BIN)/python -m pytest $(TEST)
+
+test-torch: $(VENV)/.installed-dev $(VENV)/.installed-torch  ## the tests that need the torch extra
+	$(BIN)/python -m pytest $$(grep -rlE 'importorskip\(.torch' tests --include='test_*.py')
+
+lint: $(VENV)/.installed-dev  ## ruff (lint and format) and mypy
+	$(BIN)/ruff check $(LINTED)
+	$(BIN)/ruff format --check $(LINTED)
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev  ## let ruff mend what it can
+	$(BIN)/ruff check --fix $(LINTED)
+	$(BIN)/ruff format $(LINTED)
+
+clean:  ## remove .venv, caches and what the quickstart wrote
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info runs/quickstart
+
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "silkie_jax needs Python 3.11 or later, but python3 is" \
+		"$$(python3 --version 2>&1). Install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "silkie_jax needs Python 3.11 or" \
+		"later, but $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module: install it" \
+		"(Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed-core: pyproject.toml constraints.txt | $(VENV)/.created
+	$(INSTALL) .
+	@touch $@
+
+# An extra: .installed-dev, .installed-torch
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.created
+	$(INSTALL) '.[$*]'
+	@touch $@
