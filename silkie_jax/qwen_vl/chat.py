@@ -73,23 +73,24 @@ def chat_prompt(
     question = message(tokenizer, "user", user_content(tokenizer, text, images, shown + 1))
     kept = chain.from_iterable(blocks[dropped:])
     return Prompt(
-        tokens=[*head, *kept, *newline, *question, *newline, *_reply_opening(tokenizer)],
+        tokens=[*head, *kept, *newline, *question, *newline, *reply_opening(tokenizer)],
         dropped_turns=dropped,
         dropped_images=sum(turn.images for turn in history[:dropped]),
     )
 
 
-def user_content(tokenizer: Tokenizer, text: str, images: int = 0, first: int = 1) -> list[int]:
+def user_content(tokenizer: Tokenizer, text: str, images: int = 0, first: int = 1, specials: bool = False) -> list[int]:
     """A user's message in Silkie's form: `Picture 1: <img>..</img>` a line for each picture, then the stripped text.
 
     `first` is the number of the first picture. (Qwen's own `from_list_format` writes no space after the colon.)
+    `specials=True` parses special tokens in the text, as the original did: only to compare with it.
     """
     tokens: list[int] = []
     newline = ""
     for number in range(first, first + images):
         tokens += tokenizer.encode(f"{newline}Picture {number}: ") + tokenizer.image_ids()
         newline = "\n"
-    return tokens + tokenizer.encode(newline + text.strip())
+    return tokens + tokenizer.encode(newline + text.strip(), specials=specials)
 
 
 def message(tokenizer: Tokenizer, role: str, content: list[int]) -> list[int]:
@@ -126,10 +127,11 @@ def make_context(
     dropped = _outside_window(system_tokens, blocks, max_window_size)
     text = "".join([system_text, *texts[dropped:], "\n", query_text, f"\n{vocabulary.IM_START}assistant\n"])
     kept = chain.from_iterable(blocks[dropped:])
-    return text, [*system_tokens, *kept, *newline, *query_tokens, *newline, *_reply_opening(tokenizer)]
+    return text, [*system_tokens, *kept, *newline, *query_tokens, *newline, *reply_opening(tokenizer)]
 
 
-def _reply_opening(tokenizer: Tokenizer) -> list[int]:
+def reply_opening(tokenizer: Tokenizer) -> list[int]:
+    """`<|im_start|>assistant\\n`, after which a reply begins."""
     return [tokenizer.im_start, *tokenizer.encode("assistant"), *tokenizer.encode("\n")]
 
 

@@ -1,0 +1,233 @@
+"""An instruction as one row of tokens: the prompt with its pictures, then every response as a branch of its own.
+
+    row index     0  1  2  3 | 4  5  6 | 7  8
+    token         p  p  p  p | a  a  a | b  b
+    branches      0  0  0  0 | 1  1  1 | 2  2
+    positions     0  1  2  3 | 4  5  6 | 4  5     each branch continues the prompt
+    predicted by             | 3  4  5 | 3  7     its first token by the LAST PROMPT TOKEN, also in branch 2
+
+A token sees the prompt and its own branch only, so each branch is what `prompt + response` would be as a sequence
+of its own, and the prompt with its pictures is computed once. Prompt form, labels and lengths are those of Silkie's
+training (ChatML through Qwen's `preprocess`, trl 0.7.2's truncation), except that a picture is never cut.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Int32
+
+from silkie_jax.errors import UserError
+from silkie_jax.qwen_vl import chat
+from silkie_jax.qwen_vl.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from silkie_jax.corpus.schema import Record
+
+ROW_FORM = "silkie-rows-1"
+"""Names prompt form, labels and truncation. Changes whenever a record would become other tokens or other labels, so
+that log-probabilities stored for an older form are recognised as such."""
+
+
+class RowTooLong(UserError):
+    """The pictures of a record and the opening of a response do not fit into the maximum length."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record's tokens and labels (see the module's docstring), all arrays int32.
+
+    Attributes:
+        id: the record's.
+        tokens: [T] prompt, then the branches.
+        positions: [T] for the rotary embedding.
+        branches: [T] 0 for the prompt, 1..K for the responses.
+        predecessors: [N] row index of the token that predicts label n.
+        labels: [N] the labelled tokens, branch after branch.
+        label_branches: [N] 1..K.
+        pairs: [P, 2] chosen and rejected as 0-based branch numbers (branch k + 1 of the row is number k).
+        responses: of each branch, the index into the record's responses.
+        images: the record's image files in the order of their spans.
+        dropped_prompt: tokens of the prompt that truncation left out.
+        dropped_responses: of each branch, the tokens that truncation left out.
+    """
+
+    id: str
+    tokens: Int32[np.ndarray, " T"]
+    positions: Int32[np.ndarray, " T"]
+    branches: Int32[np.ndarray, " T"]
+    predecessors: Int32[np.ndarray, " N"]
+    labels: Int32[np.ndarray, " N"]
+    label_branches: Int32[np.ndarray, " N"]
+    pairs: Int32[np.ndarray, "P 2"]
+    responses: tuple[int, ...]
+    images: tuple[bytes, ...]
+    dropped_prompt: int
+    dropped_responses: tuple[int, ...]
+
+    @property
+    def truncated(self) -> bool:
+        return self.dropped_prompt > 0 or any(self.dropped_responses)
+
+
+def make_row(
+    tokenizer: Tokenizer,
+    record: "Record",
+    pairs: Sequence[tuple[int, int]] = (),
+    *,
+    responses: Sequence[int] | None = None,
+    max_length: int = 2048,
+    max_prompt_length: int | None = None,
+    specials: bool = False,
+) -> Row:
+    """Lays out a record.
+
+    `pairs` are (chosen, rejected) indices into the record's responses; only responses that occur in one become
+    branches, in the record's order, unless `responses` names others (to score all of them, or to imitate one).
+
+    Lengths are those of the separate sequences. If the prompt and the longest response exceed `max_length`, the
+    prompt is cut to its last `max_prompt_length` tokens (default: half), and if that is not enough the responses to
+    their first `max_length - max_prompt_length` (trl's `keep_end`). Where that would cut a picture, see `_shorten`.
+    The longest of ALL the record's responses is meant: so a response has the same log-probability in every row it
+    is part of, whether scored or compared, under whichever pair rule.
+
+    `specials=True` parses special tokens in the texts, as the original did: only to compare with it.
+    Raises RowTooLong if the pictures leave no room for a single token of a response.
+    """
+    if max_prompt_length is None:
+        max_prompt_length = max_length // 2
+    if not 0 < max_prompt_length < max_length:
+        raise UserError(f"max_prompt_length must lie between 0 and max_length = {max_length}, not {max_prompt_length}")
+    pairs = list(pairs)
+    if responses is None:
+        responses = sorted({index for pair in pairs for index in pair})
+    number = {index: k for k, index in enumerate(responses)}
+    if not responses or len(number) != len(responses):
+        raise ValueError(f"record {record.id}: a row needs one or more different responses, not {list(responses)}")
+
+    messages = _prompt_messages(tokenizer, record, specials)
+    prompt = [token for message in messages for token in message.tokens]
+    whole_prompt = len(prompt)
+    encoded = [encode_response(tokenizer, response.text, specials) for response in record.responses]
+    limit = max(len(tokens) for tokens, _ in encoded)
+    if len(prompt) + limit > max_length:
+        prompt = _shorten(tokenizer, messages, max_prompt_length, max_length - limit)
+    if len(prompt) + limit > max_length:
+        limit = max_length - max(max_prompt_length, len(prompt))
+        opening = len(chat.reply_opening(tokenizer))
+        if limit <= opening:
+            raise RowTooLong(
+                f"record {record.id}: the prompt with {len(record.images)} images takes {max_length - limit} tokens, "
+                f"a response {opening + 1} or more: {opening + 1 - limit} more than max_length = {max_length}"
+            )
+
+    tokens, positions, branches = [*prompt], [*range(len(prompt))], [0] * len(prompt)
+    predecessors, labels, label_branches = [], [], []
+    for branch, index in enumerate(responses, start=1):
+        ids, labelled = encoded[index]
+        for offset, (token, is_label) in enumerate(zip(ids[:limit], labelled, strict=False)):
+            if is_label:
+                predecessors.append(len(tokens) - 1 if offset else len(prompt) - 1)
+                labels.append(token)
+                label_branches.append(branch)
+            tokens.append(token)
+            positions.append(len(prompt) + offset)
+            branches.append(branch)
+    return Row(
+        id=record.id,
+        tokens=np.array(tokens, np.int32),
+        positions=np.array(positions, np.int32),
+        branches=np.array(branches, np.int32),
+        predecessors=np.array(predecessors, np.int32),
+        labels=np.array(labels, np.int32),
+        label_branches=np.array(label_branches, np.int32),
+        pairs=np.array([(number[a], number[b]) for a, b in pairs], np.int32).reshape(-1, 2),
+        responses=tuple(responses),
+        images=tuple(record.images),
+        dropped_prompt=whole_prompt - len(prompt),
+        dropped_responses=tuple(max(len(encoded[index][0]) - limit, 0) for index in responses),
+    )
+
+
+def encode_prompt(tokenizer: Tokenizer, record: "Record", specials: bool = False) -> list[int]:
+    """The whole prompt: system message, earlier turns, the instruction, and the newline after it.
+
+    Pictures belong to the first message of the user. Texts of the user are stripped, earlier replies are not.
+    """
+    return [token for message in _prompt_messages(tokenizer, record, specials) for token in message.tokens]
+
+
+def encode_response(tokenizer: Tokenizer, text: str, specials: bool = False) -> tuple[list[int], list[bool]]:
+    """Tokens of a response's branch, and which of them are labels.
+
+    `<|im_start|>` counts and `assistant\\n` does not; the text (not stripped; it may be empty), `<|im_end|>`, the
+    newline and `<|endoftext|>` count.
+    """
+    opening = chat.reply_opening(tokenizer)
+    content = tokenizer.encode(text, specials=specials)
+    tokens = [*opening, *content, tokenizer.im_end, *tokenizer.encode("\n"), tokenizer.end_of_text]
+    labelled = [True, *[False] * (len(opening) - 1), *[True] * (len(tokens) - len(opening))]
+    return tokens, labelled
+
+
+@dataclass(frozen=True)
+class _Message:
+    """A message of the prompt with the newline after it; tokens[start:stop] is text that may be left out."""
+
+    tokens: list[int]
+    start: int
+    stop: int
+    turn: int  # earlier turns are numbered from 0; -1 for the system message and the instruction
+    images: int
+
+
+def _prompt_messages(tokenizer: Tokenizer, record: "Record", specials: bool) -> list[_Message]:
+    newline = tokenizer.encode("\n")
+
+    def message(role: str, text: list[int], turn: int, pictures: list[int], images: int) -> _Message:
+        tokens = [*chat.message(tokenizer, role, text), *newline]
+        start = len(chat.message(tokenizer, role, pictures)) - 1
+        return _Message(tokens, start, len(tokens) - 1 - len(newline), turn, images)
+
+    def user(text: str, turn: int, images: int) -> _Message:
+        content = chat.user_content(tokenizer, text, images, specials=specials)
+        return message("user", content, turn, chat.user_content(tokenizer, "", images), images)
+
+    def assistant(text: str, turn: int) -> _Message:
+        return message("assistant", tokenizer.encode(text, specials=specials), turn, [], 0)
+
+    system = tokenizer.encode(chat.SYSTEM)
+    messages = [message("system", system, -1, system, 0)]
+    images = len(record.images)
+    for turn, (question, reply) in enumerate(record.history):
+        messages += [user(question, turn, images), assistant(reply, turn)]
+        images = 0
+    return [*messages, user(record.prompt, -1, images)]
+
+
+def _shorten(tokenizer: Tokenizer, messages: list[_Message], max_prompt_length: int, room: int) -> list[int]:
+    """The prompt's last `max_prompt_length` tokens, if every picture is whole in them.
+
+    Otherwise the head of the conversation and the pictures stay, and text goes until the prompt fits into
+    `max_prompt_length` tokens or into the `room` that the responses leave, whichever is more: first earlier turns
+    without pictures, whole and from the oldest on, then text from the front, the end of the instruction last.
+    What is returned may still be too long: then it is all pictures and ChatML.
+    """
+    prompt = [token for message in messages for token in message.tokens]
+    cut = len(prompt) - max_prompt_length
+    if not any(message.images for message in messages) or cut <= prompt.index(tokenizer.img):
+        return prompt[max(cut, 0) :]
+
+    excess = len(prompt) - max(max_prompt_length, room)
+    with_pictures = {message.turn for message in messages if message.images}
+    for turn in range(max(message.turn for message in messages) + 1):
+        if excess > 0 and turn not in with_pictures:
+            excess -= sum(len(message.tokens) for message in messages if message.turn == turn)
+            messages = [message for message in messages if message.turn != turn]
+    kept: list[int] = []
+    for message in messages:
+        dropped = min(max(excess, 0), message.stop - message.start)
+        excess -= dropped
+        kept += message.tokens[: message.start] + message.tokens[message.start + dropped :]
+    return kept
