@@ -82,22 +82,25 @@ def pair_losses(
     chosen_tokens: np.ndarray | None = None,
     rejected_tokens: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Loss, chosen reward and rejected reward of every pair, from summed log-probabilities [P].
+    """Loss, chosen reward and rejected reward of every pair, from its summed log-probabilities [P].
 
-    `ipo` is equation 17 of its paper on the summed log-ratios; with token counts given, on their means per token,
-    which is how its authors meant it and what trl does. `sigmoid_norm` needs the counts.
+    `sigmoid_norm` also needs how many tokens each response was summed over.
     """
     chosen, rejected = policy_chosen - reference_chosen, policy_rejected - reference_rejected
     rewards = beta * chosen, beta * rejected
-    if kind in ("ipo", "sigmoid_norm") and chosen_tokens is not None:
+    if kind == "sigmoid_norm":
         chosen, rejected = chosen / chosen_tokens, rejected / rejected_tokens
     x = beta * (chosen - rejected)
+    smoothed = -(1 - label_smoothing) * log_sigmoid(x) - label_smoothing * log_sigmoid(-x)
     match kind:
         case "sigmoid":
             # DPO, arXiv 2305.18290, equation 7; smoothed: cDPO (Mitchell, "A note on DPO with noisy preferences").
-            loss = -(1 - label_smoothing) * log_sigmoid(x) - label_smoothing * log_sigmoid(-x)
+            loss = smoothed
+        case "sigmoid_norm":
+            # DPO on means per token: Tulu 3, arXiv 2411.15124, equation 6.
+            loss = smoothed
         case "robust":
-            # arXiv 2403.00409, equation 12: unbiased when labels are flipped with probability label_smoothing.
+            # arXiv 2403.00409, robust DPO: unbiased when labels are flipped with probability label_smoothing.
             loss = -(1 - label_smoothing) * log_sigmoid(x) + label_smoothing * log_sigmoid(-x)
             loss = loss / (1 - 2 * label_smoothing)
         case "hinge":
@@ -106,11 +109,6 @@ def pair_losses(
         case "ipo":
             # arXiv 2310.12036, equation 17; beta is its tau.
             loss = (chosen - rejected - 1 / (2 * beta)) ** 2
-        case "sigmoid_norm":
-            # Length-normalised DPO: Tulu 3, arXiv 2411.15124, equation 6.
-            if chosen_tokens is None:
-                raise ValueError("sigmoid_norm needs the number of tokens of both responses")
-            loss = -log_sigmoid(x)
         case _:
             raise ValueError(f"unknown loss {kind!r}")
     return loss, *rewards

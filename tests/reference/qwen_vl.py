@@ -25,6 +25,7 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401  NumPy then knows bfloat16, and so does safetensors
 import numpy as np
 from safetensors.numpy import load_file
 from scipy.special import erf
