@@ -18,7 +18,7 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: $(VENV)/.installed-core  ## the whole road on small generated data, a few minutes on two cores
-	$(BIN)/python examples/quickstart.py
+	$(BIN)/python -m examples.quickstart
 
 test: $(VENV)/.installed-dev  ## the test suite; TEST="PATH -k WORD" for some of it
 	$(BIN)/python -m pytest $(TEST)
