@@ -81,7 +81,8 @@ class BatchSource:
       indices: the corpus records to go through, each once an epoch, in an order drawn from (seed, epoch); or in their
         own order, where `seed` is None. An epoch's last batch is filled up with empty rows.
       rows, accumulate: rows of a batch, and batches of a step.
-      local: [rows], which of a batch's rows this host's devices hold (None: all). Other rows get no pixels.
+      padded_rows: what a batch is filled up to with empty rows, for a mesh that splits it evenly.
+      local: [padded_rows], which of a batch's rows this host's devices hold (None: all). Other rows get no pixels.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class BatchSource:
         *,
         image_size: int,
         rows: int,
+        padded_rows: int | None = None,
         accumulate: int = 1,
         seed: int | None = 0,
         local: Bool[np.ndarray, "B"] | None = None,
@@ -100,7 +102,8 @@ class BatchSource:
         self.corpus, self.tokenizer, self.options = corpus, tokenizer, options
         self.indices = np.asarray(indices, np.int64)
         self.image_size, self.rows, self.accumulate, self.seed = image_size, rows, accumulate, seed
-        self.local = np.ones(rows, bool) if local is None else local
+        self.padded_rows = padded_rows or rows
+        self.local = np.ones(self.padded_rows, bool) if local is None else local
         self.steps_per_epoch = -(-len(self.indices) // (rows * accumulate))
 
     def record_indices(self, step: int) -> Int[np.ndarray, "R"]:
@@ -124,12 +127,15 @@ class BatchSource:
                 row = None
                 dropped[record.id] = str(e)
             if row is not None and row.truncated:
-                truncated[record.id] = str(row.truncated)
+                truncated[record.id] = _cut(row)
             rows.append(row)
-        rows += [None] * (self.rows * self.accumulate - len(rows))
-        flat = collate(rows, self.tokenizer.end_of_text)
-        flat |= self._images(rows)
-        arrays = {k: v.reshape(self.accumulate, self.rows, *v.shape[1:]) for k, v in flat.items()}
+        grid: list[Row | None] = []
+        for first in range(0, self.rows * self.accumulate, self.rows):
+            some = rows[first : first + self.rows]
+            grid += some + [None] * (self.padded_rows - len(some))
+        flat = collate(grid, self.tokenizer.end_of_text)
+        flat |= decode_images(grid, self.image_size, np.tile(self.local, self.accumulate))
+        arrays = {k: v.reshape(self.accumulate, self.padded_rows, *v.shape[1:]) for k, v in flat.items()}
         return Batch(arrays, [record.id for record in records], dropped, truncated)
 
     def iterate(self, start: int, stop: int, workers: int = 2) -> Iterator[Batch]:
@@ -143,21 +149,32 @@ class BatchSource:
         limits = {"max_length": self.options.max_length, "max_prompt_length": self.options.max_prompt_length}
         return make_row(self.tokenizer, record, chosen, responses=responses, **limits)
 
-    def _images(self, rows: Sequence[Row | None]) -> dict[str, UInt8[np.ndarray, "R M S S 3"]]:
-        most = max((len(row.images) for row in rows if row), default=0)
-        if not most:
-            return {}
-        pixels = np.zeros((len(rows), most, self.image_size, self.image_size, 3), np.uint8)
-        for i, row in enumerate(rows):
-            if row and self.local[i % self.rows]:
-                for j, data in enumerate(row.images):
-                    try:
-                        pixels[i, j] = read_image(data, self.image_size)
-                    except UserError as e:
-                        raise UserError(
-                            f"corpus record {row.id!r}, image {j + 1}: {e}; import the corpus anew"
-                        ) from None
-        return {"images": pixels}
+
+def decode_images(
+    rows: Sequence[Row | None], size: int, wanted: Bool[np.ndarray, "R"] | None = None
+) -> dict[str, UInt8[np.ndarray, "R M S S 3"]]:
+    """`images` for the model: each row's own, filled up with black; nothing where no row has an image.
+
+    `wanted` says which rows' pixels this host needs (None: all).
+    """
+    most = max((len(row.images) for row in rows if row), default=0)
+    if not most:
+        return {}
+    pixels = np.zeros((len(rows), most, size, size, 3), np.uint8)
+    for i, row in enumerate(rows):
+        if row is None or not (wanted is None or wanted[i]):
+            continue
+        for j, data in enumerate(row.images):
+            try:
+                pixels[i, j] = read_image(data, size)
+            except UserError as e:
+                raise UserError(f"corpus record {row.id!r}, image {j + 1}: {e}; import the corpus anew") from None
+    return {"images": pixels}
+
+
+def _cut(row: Row) -> str:
+    of_responses = sum(row.dropped_responses)
+    return f"left out {row.dropped_prompt} tokens of the prompt and {of_responses} of the responses"
 
 
 def collate(rows: Sequence[Row | None], pad: int) -> Arrays:

@@ -1,9 +1,10 @@
 """The training step: a pure function of state and batch, the same for one CPU and a pod."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,21 +23,12 @@ Metrics = dict[str, Float[Array, ""]]
 BRANCHES = 4  # branch counts are padded to multiples of this
 
 
-class State(NamedTuple):
-    """What training changes, and what it only reads."""
-
-    trainable: nnx.State
-    optimizer: optax.OptState
-    frozen: nnx.State
-    reference: nnx.State | None  # the starting values of `trainable`, where the reference is a copy
-
-
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """What is minimised. `reference` is adapter_off, copy, or None for supervised fine-tuning."""
 
     loss: str = "sigmoid"
-    options: LossOptions = LossOptions()
+    options: LossOptions = dataclasses.field(default_factory=LossOptions)
     reference: str | None = "adapter_off"
     remat: str = "full"
 
@@ -103,10 +95,13 @@ class Step:
         *,
         mesh: Mesh | None = None,
         vision_trained: bool = False,
+        shardings: tuple[Any, Any] | None = None,
     ):
         self.graph, self.objective, self.optimizer, self.mesh = graph, objective, optimizer, mesh
         self.vision_trained = vision_trained
-        self.train = jax.jit(self._train, static_argnames="branches", donate_argnums=(0, 1))
+        # The new state lies where the old one lay: its memory is reused and the next step compiles to the same program.
+        out = None if shardings is None else (*shardings, None)
+        self.train = jax.jit(self._train, static_argnames="branches", donate_argnums=(0, 1), out_shardings=out)
         self.evaluate = jax.jit(self._evaluate, static_argnames="branches")
 
     def _train(
@@ -177,8 +172,8 @@ class Step:
         features = None if images is None else policy.encode_images(images, wrap)
         logps = response_logps(policy, rows, features, branches=branches, adapter=True, wrap=wrap)
         if self.objective.reference is None:
-            loss = -logps.sum() / total
-            return loss, {"loss": loss, "logps/chosen": logps.sum()}
+            loss = -logps.sum() / total  # cross-entropy, the mean over labelled tokens
+            return loss, {"loss": loss}
 
         base = policy
         if reference is not None:
@@ -243,7 +238,7 @@ def make_schedule(name: str, peak: float, steps: int, warmup_ratio: float) -> op
 
     The rate of an update is that of the updates before it, as in the original: the first one of a warm-up has rate 0.
     """
-    warmup = -int(-steps * warmup_ratio // 1)
+    warmup = math.ceil(steps * warmup_ratio)
     rest = max(steps - warmup, 1)
     after = {
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest),

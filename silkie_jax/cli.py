@@ -1,0 +1,163 @@
+"""`silkie VERB`: parsing and calling, nothing else. Imports happen in the verb, so that `--help` is quick."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from silkie_jax.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit status. A user's mistake is one line on stderr and status 1."""
+    args = make_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except UserError as e:
+        print(f"silkie: {' '.join(str(e).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as e:
+        print(f"silkie: {e or 'interrupted'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All verbs with their arguments."""
+    parser = argparse.ArgumentParser("silkie", description="Preference distillation of Qwen-VL in JAX.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(where, name: str, run, about: str) -> argparse.ArgumentParser:
+        added = where.add_parser(name, help=about, description=about)
+        added.set_defaults(run=run)
+        return added
+
+    p = verb(verbs, "convert", _convert, "Turn a Hugging Face Qwen-VL checkpoint into sharded weights for training.")
+    p.add_argument("src", help="a folder or a hub id, such as Qwen/Qwen-VL-Chat")
+    p.add_argument("dst", help="the folder to make")
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), help="type to store; default: as it is")
+
+    p = verb(verbs, "export", _export, "Write a model or a training run in Hugging Face form, for PyTorch.")
+    p.add_argument("src", help="a training run, a converted folder or a Hugging Face folder")
+    p.add_argument("dst", help="the folder to make")
+    p.add_argument(
+        "--adapter",
+        nargs="?",
+        const=True,
+        metavar="DIR",
+        help="with DIR: merge this PEFT adapter; without: write the run's PEFT adapter instead of a merged model",
+    )
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), help="type to store; default: as it is")
+
+    corpus = verbs.add_parser("corpus", help="Build preference corpora.").add_subparsers(required=True, metavar="VERB")
+    p = verb(corpus, "import", _corpus_import, "Import VLFeedback rows, or pairs, with their images.")
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--jsonl", metavar="FILE", help="VLFeedback rows: JSONL or parquet")
+    source.add_argument("--pairs", metavar="FILE", help="rows of image, prompt, chosen, rejected: JSONL or parquet")
+    p.add_argument("--images", metavar="DIR_OR_ZIP", help="where the images are; default: beside the rows")
+    p.add_argument("dst", help="the corpus folder to make, or to complete")
+
+    p = verb(verbs, "train", _train, "Train by DPO or supervised fine-tuning; continues a run that was cut off.")
+    p.add_argument("config", help="a YAML file")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the file")
+
+    p = verb(verbs, "score", _score, "Log-probability of every response of a corpus, as training sees it.")
+    p.add_argument("model")
+    p.add_argument("corpus")
+    p.add_argument("--out", required=True, metavar="FILE.jsonl")
+    p.add_argument("--adapter", metavar="DIR", help="a PEFT folder")
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
+    p.add_argument("--batch-rows", type=int, default=4, help="instructions at once")
+    p.add_argument("--max-length", type=int, default=2048, help="tokens of prompt and one response")
+
+    p = verb(verbs, "chat", _chat, "Ask a model about images.")
+    p.add_argument("model")
+    p.add_argument("--image", action="append", default=[], metavar="FILE", help="may be given several times")
+    p.add_argument("--prompt", required=True)
+    p.add_argument("--adapter", metavar="DIR", help="a PEFT folder")
+    p.add_argument("--greedy", action="store_true", help="take the most probable token, instead of sampling")
+    p.add_argument("--temperature", type=float, default=1.0)
+    p.add_argument("--top-p", type=float, help="default: the model's generation_config.json")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--max-new-tokens", type=int, help="default: the model's generation_config.json")
+    p.add_argument("--system", help="the system message")
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
+    p.add_argument("--json", action="store_true", help='print {"response", "tokens"}')
+    return parser
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from silkie_jax.qwen_vl.convert import convert
+
+    convert(args.src, args.dst, dtype=args.dtype)
+    print(f"converted to {args.dst}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from silkie_jax.training.result import export_run
+
+    export_run(args.src, args.dst, adapter=args.adapter, dtype=args.dtype)
+    print(f"exported to {args.dst}")
+
+
+def _corpus_import(args: argparse.Namespace) -> None:
+    if args.jsonl:
+        from data_prep.vlfeedback import import_vlfeedback
+
+        summary = import_vlfeedback(args.jsonl, args.images, args.dst)
+    else:
+        from data_prep.pairs import import_pairs
+
+        summary = import_pairs(args.pairs, args.images, args.dst)
+    print(summary)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from silkie_jax.training.config import load_config
+
+    config = load_config(args.config, args.overrides)  # before JAX is imported
+    from silkie_jax.training.loop import train
+
+    print(f"finished: {train(config)}")
+
+
+def _score(args: argparse.Namespace) -> None:
+    from silkie_jax.training.score import score
+
+    score(
+        args.model,
+        args.corpus,
+        Path(args.out),
+        adapter=args.adapter,
+        dtype=args.dtype,
+        batch_rows=args.batch_rows,
+        max_length=args.max_length,
+    )
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from silkie_jax.evaluation.answer import answer
+
+    reply = answer(
+        args.model,
+        args.prompt,
+        images=args.image,
+        adapter=args.adapter,
+        greedy=args.greedy,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        max_new_tokens=args.max_new_tokens,
+        system=args.system,
+        dtype=args.dtype,
+    )
+    print(json.dumps({"response": reply.text, "tokens": reply.tokens}, ensure_ascii=False) if args.json else reply.text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""A model with its tokenizer, from one folder."""
+
+from pathlib import Path
+
+from silkie_jax.qwen_vl.model import QwenVL
+from silkie_jax.qwen_vl.tokenizer import Tokenizer
+from silkie_jax.qwen_vl.weights import load_model
+
+
+def load(path: str | Path, dtype: str = "float32", adapter: str | Path | None = None) -> tuple[QwenVL, Tokenizer]:
+    """Loads a Hugging Face folder or one made by `silkie convert`.
+
+    Args:
+      path: the folder.
+      dtype: "float32" or "bfloat16", of parameters and of computation.
+      adapter: a PEFT folder to attach.
+
+    Raises:
+      UserError: what is wrong with the folder, in one line.
+    """
+    tokenizer = Tokenizer.from_folder(path)  # quick to fail, before gigabytes are read
+    return load_model(path, dtype=dtype, adapter=adapter), tokenizer

@@ -1,0 +1,91 @@
+"""Where metrics go: the terminal, metrics.jsonl, TensorBoard, and wandb where it is asked for."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from silkie_jax.errors import UserError
+
+_SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "pairs_per_second", "eval_loss")
+
+
+class MetricsWriter:
+    """Writes one JSON object a logged step; continuing at `step` first forgets what a killed run logged beyond it.
+
+    Only the first process of several writes.
+    """
+
+    def __init__(self, run_dir: Path, step: int, total: int, *, wandb: str | None = None, active: bool = True):
+        self.active = active
+        self._bar = tqdm(total=total, initial=step, desc="train", unit="step", disable=not active, dynamic_ncols=True)
+        if not active:
+            return
+        path = run_dir / "metrics.jsonl"
+        _forget_after(path, step)
+        self._file = path.open("a", encoding="utf-8")
+        from tensorboardX import SummaryWriter
+
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self._wandb = _start_wandb(wandb, run_dir) if wandb else None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the values of one step everywhere."""
+        if not self.active:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(dict(values), step=step)
+        shown = "  ".join(f"{name} {values[name]:.4g}" for name in _SHOWN if name in values)
+        self.say(f"step {step}  {shown}")
+
+    def advance(self) -> None:
+        """One more step is done."""
+        self._bar.update()
+
+    def say(self, line: str) -> None:
+        """A line above the progress bar."""
+        if self.active:
+            self._bar.write(line)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        if self.active:
+            self._file.close()
+            self._board.close()
+            if self._wandb:
+                self._wandb.finish()
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Keeps the lines up to `step`; a line that was cut off while it was written goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    part = path.with_suffix(".tmp")
+    part.write_text("".join(kept), encoding="utf-8")
+    os.replace(part, path)
+
+
+def _start_wandb(project: str, run_dir: Path) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("wandb is set in the config but not installed; pip install wandb, or set wandb=null") from None
+    # One id for a run folder, so that a run that was interrupted continues its curves.
+    return wandb.init(project=project, id=run_dir.absolute().name, dir=str(run_dir), resume="allow")
