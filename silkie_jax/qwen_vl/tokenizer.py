@@ -9,6 +9,7 @@ import base64
 import binascii
 import hashlib
 import itertools
+import re
 import unicodedata
 from collections.abc import Collection, Iterable
 from functools import cached_property
@@ -21,6 +22,8 @@ from silkie_jax.errors import UserError
 RANKS_FILE = "qwen.tiktoken"
 IMAGE_TOKENS = 256
 """Tokens between `<img>` and `</img>`: as many as the resampler has queries."""
+
+LONGEST_BLANKS = 500_000
 
 # How a text is cut into words before the merges: official `PAT_STR`.
 WORDS = "|".join(
@@ -96,11 +99,11 @@ class Tokenizer:
         `<imgpad>`. Raises UserError for an unclosed `<img>`, a path of more than 256 bytes or one with special
         tokens in it.
         """
-        text = unicodedata.normalize("NFC", text)
+        pieces = _cut_blanks(unicodedata.normalize("NFC", text))
         if specials is False:
-            return self.bpe.encode_ordinary(text)
+            return [i for piece in pieces for i in self.bpe.encode_ordinary(piece)]
         allowed = set(SPECIALS if specials is True else specials)
-        ids = self.bpe.encode(text, allowed_special=allowed, disallowed_special=())
+        ids = [i for piece in pieces for i in self.bpe.encode(piece, allowed_special=allowed, disallowed_special=())]
         return self._pad_paths(ids) if self.img in ids else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False, errors: str = "replace") -> str:
@@ -161,6 +164,16 @@ class Tokenizer:
         if not closed or span != path + padding or any(i > 255 for i in path):
             return None
         return bytes(path)
+
+
+def _cut_blanks(text: str) -> list[str]:
+    """Cuts runs of blanks that would overflow the stack of tiktoken's pattern matcher (at about a million)."""
+    if len(text) <= LONGEST_BLANKS:
+        return [text]
+    cuts = [0]
+    for run in re.finditer(r"\s++", text):
+        cuts += range(run.start() + LONGEST_BLANKS, run.end(), LONGEST_BLANKS)
+    return [text[start:stop] for start, stop in itertools.pairwise([*cuts, len(text)])]
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:

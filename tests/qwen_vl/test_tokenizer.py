@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples.tiny_qwen_vl import make_checkpoint
 from silkie_jax.errors import UserError
 from silkie_jax.qwen_vl.tokenizer import IMAGE_SPECIALS, RANKS_FILE, SPECIALS, Tokenizer
 
@@ -116,6 +117,12 @@ def test_lone_surrogates_of_json_are_replaced():
     assert TINY.decode(TINY.encode(json.loads('"a\\ud800b"'))) == "a\ufffdb"
 
 
+@pytest.mark.parametrize("text", [" ", "\n", "<img>"])
+def test_long_monotonous_text(text):
+    text = f"start {text * 1_200_000} end" if text != "<img>" else text * 100_000
+    assert TINY.decode(TINY.encode(text)) == text
+
+
 def test_specials_follow_a_reduced_vocabulary():
     assert TINY.end_of_text == 266
     assert TINY.n_vocab == 266 + 217
@@ -134,6 +141,13 @@ def test_folder_pickle_and_fingerprint(tmp_path):
     assert copy.fingerprint == loaded.fingerprint == TINY.fingerprint
     swapped = dict(TINY.ranks) | {b"th": TINY.ranks[b"in"], b"in": TINY.ranks[b"th"]}
     assert Tokenizer(swapped).fingerprint != TINY.fingerprint
+
+
+def test_a_checkpoints_folder(tmp_path):
+    tokenizer = Tokenizer.from_folder(make_checkpoint(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert tokenizer.img == config["visual"]["image_start_id"]
+    assert tokenizer.decode(tokenizer.encode("Describe the image 请描述")) == "Describe the image 请描述"
 
 
 def test_a_damaged_file_is_named(tmp_path):
