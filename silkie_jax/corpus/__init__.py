@@ -1,8 +1,7 @@
 """What lies on disk: records, shards, pair rules and splits. Imports neither JAX nor TensorFlow."""
 
-from silkie_jax.corpus.pairs import RULES, check_rule, pairs
 from silkie_jax.corpus.reader import CorpusReader, IndexRow
 from silkie_jax.corpus.schema import Record, Response
 from silkie_jax.corpus.splits import split
 
-__all__ = ["RULES", "CorpusReader", "IndexRow", "Record", "Response", "check_rule", "pairs", "split"]
+__all__ = ["CorpusReader", "IndexRow", "Record", "Response", "split"]

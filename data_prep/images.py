@@ -1,0 +1,229 @@
+"""Image files for an import: found by name in a folder or a zip, never outside it, and checked before they are stored.
+
+Nothing is ever unpacked to disk, and a name from the data is only looked up in a listing, so it reaches no other file.
+"""
+
+import io
+import os
+import re
+import stat
+import threading
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path, PurePosixPath
+
+from PIL import Image, UnidentifiedImageError
+
+from data_prep.rejections import Rejected
+from silkie_jax.errors import UserError
+
+MAX_PIXELS = 89_478_485
+"""Default limit on width x height: Pillow's own threshold for suspecting a decompression bomb."""
+MAX_BYTES = 64 * 2**20
+"""Default limit on the size of an image file."""
+
+# Raster formats only: Pillow would also start Ghostscript for an EPS file.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+_STORED_AS_THEY_ARE = ("JPEG", "MPO", "PNG")  # MPO is JPEG with further pictures appended
+_LARGE = 16_000_000  # pixels; images beyond are decoded one at a time, so that memory stays flat with many workers
+_one_large_image = threading.Lock()
+
+# `check_image` refuses by its own limit; Pillow would warn about the same images.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def check_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> bytes:
+    """Decodes an image file to see that it is whole, and returns the bytes to store.
+
+    JPEG and PNG are returned as they are, EXIF orientation and all: the official preprocessing does not apply it. Other
+    formats become a PNG of the first frame in RGB, the pixels that the official code would see.
+
+    Raises:
+        Rejected: unreadable, of an unknown format, or larger than `max_pixels` (found out before decoding).
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise Rejected("image too large", f"{width} x {height} pixels are more than {max_pixels}")
+            with _one_large_image if width * height > _LARGE else nullcontext():
+                if image.format in _STORED_AS_THEY_ARE:
+                    image.draft(None, (1, 1))  # JPEG: reads every bit but transforms at an eighth of the size
+                    image.load()
+                    return data
+                png = io.BytesIO()
+                image.convert("RGB").save(png, "PNG")
+                return png.getvalue()
+    except Rejected:
+        raise
+    except Image.DecompressionBombError as error:
+        raise Rejected("image too large", error) from error
+    except UnidentifiedImageError as error:
+        raise Rejected("unreadable image", f"not an image file of a known format ({', '.join(FORMATS)})") from error
+    except Exception as error:  # on damaged files Pillow's decoders raise many kinds, not only OSError
+        raise Rejected("unreadable image", error or type(error).__name__) from error
+
+
+def open_images(path: str | os.PathLike[str] | None, *, max_bytes: int = MAX_BYTES) -> "Images":
+    """The image files of a folder or a zip; of nothing where `path` is None.
+
+    Raises:
+        UserError: there is no such folder or zip, or the zip cannot be read.
+    """
+    if path is None:
+        return Images(max_bytes)
+    path = Path(path)
+    if path.is_dir():
+        return FolderImages(path, max_bytes)
+    if not path.exists():
+        raise UserError(f"there is no image folder or zip at {path}")
+    return ZipImages(path, max_bytes)
+
+
+class Images:
+    """A listing of image files by name, with look-up by path, file name or stem. Safe to use from several threads.
+
+    Attributes:
+        refused: name -> why, for files that point outside or cannot be opened safely.
+    """
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes = max_bytes
+        self.refused: dict[str, str] = {}
+        self._stamps: dict[str, str] = {}
+        self._by_key: dict[str, list[str]] = {}
+
+    def _add(self, name: str, stamp: str) -> None:
+        path = PurePosixPath(name)
+        self._stamps[name] = stamp
+        # Data sets name an image by its path, its file name or, like VLFeedback, by the row's id.
+        for key in {path.name, f"{path.with_suffix('')}.*", f"{path.stem}.*"}:
+            self._by_key.setdefault(key, []).append(name)
+
+    def find(self, path: str, id: str = "") -> str:
+        """The name of a row's image: `path`, else its file name in any folder, else `id` with any suffix.
+
+        Raises:
+            Rejected: it is not there, points outside, was refused, or could be more than one file.
+        """
+        if path:
+            if _points_outside(path):
+                raise Rejected("image path points outside", path)
+            name = str(PurePosixPath(path.replace("\\", "/")))
+            if name in self._stamps:
+                return name
+            if name in self.refused:
+                raise Rejected("image refused", f"{name}: {self.refused[name]}")
+            found = self._by_key.get(PurePosixPath(name).name)
+            if found:
+                return _only(found, path)
+        found = self._by_key.get(f"{id}.*") if id else None
+        if found:
+            return _only(found, f"{id}.*")
+        where = "among the images" if self._stamps else "because no image folder or zip with files was given"
+        raise Rejected("image not found", f"{path or id} {where}")
+
+    def has(self, id: str) -> bool:
+        """Whether an image is named after this id."""
+        return bool(id) and f"{id}.*" in self._by_key
+
+    def stamp(self, name: str) -> str:
+        """Changes when the file does: its size with its checksum (zip) or time of change (folder)."""
+        return self._stamps[name]
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file of the listing.
+
+        Raises:
+            Rejected: it is larger than `max_bytes` or cannot be read.
+        """
+        try:
+            data = self._read(name)
+        except Exception as error:  # OSError, BadZipFile, zlib.error, NotImplementedError (compression), ...
+            raise Rejected("unreadable image", f"{name}: {error}") from error
+        if len(data) > self.max_bytes:
+            raise Rejected("image too large", f"{name} has more than {self.max_bytes} bytes")
+        return data
+
+    def _read(self, name: str) -> bytes:
+        raise KeyError(name)
+
+    def close(self) -> None:
+        """Frees the zip, where there is one."""
+
+
+class FolderImages(Images):
+    """All files below a folder. Links that leave the folder are refused."""
+
+    def __init__(self, root: Path, max_bytes: int):
+        super().__init__(max_bytes)
+        self._root = root.resolve()
+        for entry in _files_below(self._root):
+            name = Path(entry.path).relative_to(self._root).as_posix()
+            if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(self._root):
+                self.refused[name] = "a link that leaves the folder"
+            elif entry.is_file():
+                status = entry.stat()
+                self._add(name, f"{status.st_size}-{status.st_mtime_ns}")
+
+    def _read(self, name: str) -> bytes:
+        with open(self._root / name, "rb") as file:
+            return file.read(self.max_bytes + 1)
+
+
+class ZipImages(Images):
+    """All entries of a zip, read in place. Entries that point outside, links and encrypted ones are refused."""
+
+    def __init__(self, path: Path, max_bytes: int):
+        super().__init__(max_bytes)
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            raise UserError(f"{path} is neither a folder nor a readable zip ({error})") from error
+        self._infos: dict[str, zipfile.ZipInfo] = {}
+        for info in self._zip.infolist():
+            name = str(PurePosixPath(info.filename))
+            if info.is_dir():
+                continue
+            if _points_outside(info.filename):
+                self.refused[name] = "points outside"
+            elif stat.S_ISLNK(info.external_attr >> 16):
+                self.refused[name] = "a link"
+            elif info.flag_bits & 1:
+                self.refused[name] = "encrypted"
+            elif name in self._infos:
+                self.refused[name] = "a second entry of the same name (the first is used)"
+            else:
+                self._add(name, f"{info.file_size}-{info.CRC:08x}")
+                self._infos[name] = info
+
+    def _read(self, name: str) -> bytes:
+        with self._zip.open(self._infos[name]) as file:
+            return file.read(self.max_bytes + 1)  # never more, whatever size the entry claims
+
+    def close(self) -> None:
+        self._zip.close()
+
+
+def _points_outside(name: str) -> bool:
+    """Whether a path is absolute or climbs, by the rules of any operating system."""
+    name = name.replace("\\", "/")
+    return name.startswith("/") or bool(re.match(r"[A-Za-z]:", name)) or ".." in name.split("/") or "\0" in name
+
+
+def _only(names: list[str], wanted: str) -> str:
+    if len(names) > 1:
+        raise Rejected("image name is ambiguous", f"{wanted} could be {', '.join(sorted(names)[:3])}")
+    return names[0]
+
+
+def _files_below(folder: Path) -> Iterator["os.DirEntry[str]"]:
+    """Everything below a folder that is not a folder, in the order of names; linked folders are not entered."""
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files_below(Path(entry.path))
+            else:
+                yield entry
