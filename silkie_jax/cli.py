@@ -114,7 +114,7 @@ def _corpus_import(args: argparse.Namespace) -> None:
         from data_prep.pairs import import_pairs
 
         summary = import_pairs(args.pairs, args.images, args.dst)
-    print(summary)
+    print(summary.table())
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -17,7 +17,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from silkie_jax.corpus import CorpusReader, check_rule, split
+from silkie_jax.corpus import CorpusReader, split
+from silkie_jax.corpus.pairs import check_rule
 from silkie_jax.errors import UserError
 from silkie_jax.preference.batches import Batch, BatchSource, RowOptions, usable_records
 from silkie_jax.qwen_vl.lora import add_lora, linears
