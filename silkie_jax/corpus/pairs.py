@@ -161,7 +161,7 @@ def _name_and_options(rule: Rule, options: Mapping[str, Any]) -> tuple[str, dict
     if isinstance(rule, Mapping):
         options = {**{str(key): value for key, value in rule.items() if key != "name"}, **options}
         rule = rule.get("name", "")
-    if rule not in _RULES:
+    if not isinstance(rule, str) or rule not in _RULES:
         raise UserError(f"pair_rule: there is no rule {rule!r}; choose one of {', '.join(RULES)}")
     parameters = list(inspect.signature(_RULES[rule]).parameters.values())[1:]
     for key in options:

@@ -92,7 +92,7 @@ class CorpusReader:
             return list(self._source.__getitems__(positions))
         except Exception as error:  # array_record raises whatever its C++ status maps to
             where = f"record {positions[0]}" if len(positions) == 1 else f"one of the records {positions}"
-            raise self._damaged(f"{where} cannot be read ({error})") from error
+            raise self._damaged(f"{where} cannot be read ({' '.join(str(error).split())})") from error
 
     @functools.cached_property
     def index(self) -> list[IndexRow]:
