@@ -58,7 +58,7 @@ def check_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> bytes:
                 return png.getvalue()
     except Rejected:
         raise
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise Rejected("image too large", error) from error
     except UnidentifiedImageError as error:
         raise Rejected("unreadable image", f"not an image file of a known format ({', '.join(FORMATS)})") from error
