@@ -1,12 +1,22 @@
 """Losses, log-probabilities, gradients and AdamW of the oracle: against golden, and against what must hold anyway."""
 
+import functools
 import math
 
 import numpy as np
 import pytest
 
 from tests.reference.golden import Golden
-from tests.reference.objective import AdamW, branch_row, global_norm, log_sigmoid, pair_losses, summed_logps
+from tests.reference.objective import (
+    IGNORED,
+    AdamW,
+    branch_row,
+    global_norm,
+    log_sigmoid,
+    log_softmax,
+    pair_losses,
+    summed_logps,
+)
 from tests.reference.qwen_vl import QwenVL, load_adapter, load_checkpoint
 
 LOGPS = 5e-4
@@ -25,17 +35,21 @@ def base(data):
 
 
 class Scorer:
-    """Summed log-probabilities of the rows of a golden batch under one set of weights."""
+    """Summed log-probabilities of golden's DPO batches under one set of weights."""
 
     def __init__(self, data, tensors, config, adapter=None, features=None):
         self.data, self.model = data, QwenVL(tensors, config, adapter)
         self.features = self.model.image_features(data.resized) if features is None else features
 
-    def __call__(self, tokens, labels, mask, train=True):
-        indices = self.data.image_indices(tokens)
-        features = self.features[indices] if indices else None
-        states = self.model.hidden_states(tokens, mask=mask, train=train, features=features)
-        return summed_logps(self.model.linear("lm_head", states[-1]), labels)
+    def __call__(self, batch, train=True):
+        """Those of the chosen rows and those of the rejected ones."""
+        tokens, labels, mask = self.data.pairs(batch)
+        features = self.features[self.data.image_indices(tokens)]
+        final = self.model.hidden_states(tokens, mask=mask, train=train, features=features)[-1]
+        # The vocabulary only where something is predicted: slopes need many of these passes.
+        row, at = np.nonzero(labels[:, 1:] != IGNORED)
+        logps = log_softmax(self.model.linear("lm_head", final[row, at]))[np.arange(len(row)), labels[row, at + 1]]
+        return np.split(np.bincount(row, logps, minlength=len(tokens)), 2)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +62,14 @@ def policy(data, base):
     return Scorer(data, {**base[0], **data.policy_overrides}, base[1])
 
 
-def halves(chosen_then_rejected):
-    return np.split(chosen_then_rejected, 2)
+@pytest.fixture(scope="module")
+def reference_logps(reference):
+    return functools.cache(reference)
+
+
+@pytest.fixture(scope="module")
+def policy_logps(policy):
+    return functools.cache(policy)
 
 
 # The DPO batches of the original stack
@@ -57,10 +77,8 @@ def halves(chosen_then_rejected):
 
 @pytest.mark.parametrize("modes", [("train", "train"), ("train", "eval"), ("eval", "eval")], ids="-".join)
 @pytest.mark.parametrize("batch", ["batch0", "batch1"])
-def test_dpo_batch(data, policy, reference, batch, modes):
-    tokens, labels, mask = data.pairs(batch)
-    logps = [*halves(policy(tokens, labels, mask, train=modes[0] == "train"))]
-    logps += halves(reference(tokens, labels, mask, train=modes[1] == "train"))
+def test_dpo_batch(data, policy_logps, reference_logps, batch, modes):
+    logps = [*policy_logps(batch, modes[0] == "train"), *reference_logps(batch, modes[1] == "train")]
     losses, chosen, rejected = pair_losses("sigmoid", *logps, beta=BETA)
 
     expected = {name: data.dpo[f"{batch}/policy_{modes[0]}__ref_{modes[1]}/{name}"] for name in (
@@ -76,11 +94,10 @@ def test_dpo_batch(data, policy, reference, batch, modes):
 
 
 @pytest.mark.parametrize("batch", ["batch0", "batch1"])
-def test_dpo_batch_with_adapter(data, base, reference, batch):
+def test_dpo_batch_with_adapter(data, base, reference, reference_logps, batch):
     """Adapter on is the policy, adapter off the reference."""
     adapted = Scorer(data, *base, load_adapter(data.adapter), reference.features)
-    rows = data.pairs(batch)
-    logps = [*halves(adapted(*rows)), *halves(reference(*rows))]
+    logps = [*adapted(batch, True), *reference_logps(batch, True)]
     losses, chosen, rejected = pair_losses("sigmoid", *logps, beta=BETA)
     expected = {name.split("/")[1]: x for name, x in data.lora.items() if name.startswith(f"dpo_{batch}/")}
     names = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
@@ -96,9 +113,12 @@ def test_truncated_rows(data, policy, response):
     cases = [name for name, case in data.json("dpo")["truncation"].items() if case.get("forward") == "ok"]
     assert len(cases) == 7
     for case in cases:
-        rows = [data.dpo[f"trunc/{case}/{response}_{k}"] for k in ("input_ids", "labels", "attention_mask")]
+        names = ("input_ids", "labels", "attention_mask")
+        tokens, labels, mask = (data.dpo[f"trunc/{case}/{response}_{name}"] for name in names)
+        features = policy.features[data.image_indices(tokens)] if data.image_indices(tokens) else None
+        ours = summed_logps(policy.model(tokens, mask=mask, train=True, features=features), labels)
         expected = data.dpo[f"trunc/{case}/policy_train_{response}_logps"]
-        np.testing.assert_allclose(policy(*rows), expected, rtol=0, atol=LOGPS, err_msg=case)
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=LOGPS, err_msg=case)
 
 
 # Gradients: the slope of the oracle's loss along a direction against golden's gradient
@@ -128,17 +148,15 @@ def random_directions(gradients, seed, count):
 
 
 @pytest.mark.slow
-def test_gradients(data, base, policy, reference):
+def test_gradients(data, base, policy, reference_logps):
     """Every gradient of batch 0 that golden keeps, towers included: along itself, and all along random directions."""
     gradients = {n.removeprefix("batch0/grad/"): g.astype(np.float64) for n, g in data.dpo.items() if "/grad/" in n}
     assert len(gradients) == 14
-    rows = data.pairs("batch0")
-    reference_logps = halves(reference(*rows))
 
     def loss(tensors):
         same_tower = not any("visual" in name and tensors[name] is not policy.model.tensors[name] for name in gradients)
         scorer = Scorer(data, tensors, base[1], features=policy.features if same_tower else None)
-        return pair_losses("sigmoid", *halves(scorer(*rows)), *reference_logps, beta=BETA)[0].mean()
+        return pair_losses("sigmoid", *scorer("batch0"), *reference_logps("batch0", True), beta=BETA)[0].mean()
 
     for name, gradient in gradients.items():
         along = {name: gradient / np.linalg.norm(gradient)}
@@ -149,25 +167,23 @@ def test_gradients(data, base, policy, reference):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", ["batch0", "batch1"])
-def test_lora_gradients(data, base, reference, batch):
+def test_lora_gradients(data, base, reference, reference_logps, batch):
     prefix = f"dpo_{batch}/grad/"
     gradients = {n.removeprefix(prefix): g.astype(np.float64) for n, g in data.lora.items() if n.startswith(prefix)}
     assert len(gradients) == 16
     low_rank, lora = load_adapter(data.adapter)
     parameters = {name.removeprefix("base_model.model."): x for name, x in low_rank.items()}
-    rows = data.pairs(batch)
-    reference_logps = halves(reference(*rows))
 
     def loss(adapter):
         scorer = Scorer(data, *base, (adapter, lora), reference.features)
-        return pair_losses("sigmoid", *halves(scorer(*rows)), *reference_logps, beta=BETA)[0].mean()
+        return pair_losses("sigmoid", *scorer(batch), *reference_logps(batch, True), beta=BETA)[0].mean()
 
     assert_slope(loss, parameters, gradients, {n: g / global_norm(gradients) for n, g in gradients.items()})
     for direction in random_directions(gradients, seed=1, count=3):
         assert_slope(loss, parameters, gradients, direction)
 
 
-def test_first_adamw_step(data, base, reference):
+def test_first_adamw_step(data, base, reference, reference_logps):
     """Golden's gradients give the norm before clipping, and one step of ours leads to the loss before its second."""
     low_rank, lora = load_adapter(data.adapter)
     parameters = {name.removeprefix("base_model.model."): x for name, x in low_rank.items()}
@@ -175,11 +191,9 @@ def test_first_adamw_step(data, base, reference):
     assert global_norm(gradients) == pytest.approx(data.lora["adamw4/grad_norm_before_clip"][0], rel=1e-6)
 
     optimizer = AdamW(1e-3, beta1=0.9, beta2=0.98, eps=1e-8, weight_decay=0.05, clip_norm=1.0)
-    rows = data.pairs("batch0")
-    reference_logps = halves(reference(*rows))
     for step, adapter in enumerate([parameters, optimizer.step(parameters, gradients)]):
         scorer = Scorer(data, *base, (adapter, lora), reference.features)
-        losses = pair_losses("sigmoid", *halves(scorer(*rows)), *reference_logps, beta=BETA)[0]
+        losses = pair_losses("sigmoid", *scorer("batch0"), *reference_logps("batch0", True), beta=BETA)[0]
         expected = data.lora["adamw4/losses_before_each_step"][step]
         assert losses.mean() == pytest.approx(expected, abs=BETA * LOGPS)
 
