@@ -284,7 +284,7 @@ def write_weights(
         groups[min(shards - 1, done * shards // total)][name] = array
         done += array.size
     stem, ending = ("model", "safetensors") if safetensors else ("pytorch_model", "bin")
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, group in enumerate(groups, 1):
         file = f"{stem}-{i:05d}-of-{shards:05d}.{ending}"
         weight_map |= dict.fromkeys(group, file)
