@@ -190,7 +190,13 @@ def full_config() -> dict:
 
 def tiny_config() -> dict:
     visual = full_config()["visual"] | {"width": 64, "layers": 3, "heads": 4, "output_dim": 256, "image_size": 280}
-    small = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "kv_channels": 64}
+    small = {
+        "vocab_size": 1152,
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "kv_channels": 64,
+    }
     return full_config() | small | {"intermediate_size": 640, "visual": visual}
 
 

@@ -88,7 +88,7 @@ def resolve(src: str | Path) -> Path:
     except ImportError:
         raise UserError(f"{src}: no such folder; to fetch it from the hub, pip install transformers") from None
     try:
-        files = HfApi().list_repo_files(name)
+        files = [file.rfilename for file in HfApi().model_info(name, timeout=20).siblings]
         weights = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "pytorch_model*.bin"
         return Path(snapshot_download(name, allow_patterns=[*TRAVELS, weights]))
     except Exception as offline:  # the client raises its own, its HTTP library's and the operating system's errors
