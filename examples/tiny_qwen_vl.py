@@ -271,9 +271,7 @@ def learn_bpe(text: str, merges: int = 256) -> dict[bytes, int]:
     return ranks
 
 
-def write_weights(
-    folder: Path, tensors: dict[str, np.ndarray], dtype: str, shards: int, safetensors: bool
-) -> None:
+def write_weights(folder: Path, tensors: dict[str, np.ndarray], dtype: str, shards: int, safetensors: bool) -> None:
     """Write the tensors in `shards` files of about equal size, cut in the order given, with an index."""
     if dtype not in ("float32", "float16", "bfloat16"):
         raise ValueError(f"dtype={dtype!r} must be float32, float16 or bfloat16")
@@ -289,9 +287,7 @@ def write_weights(
         file = f"{stem}-{i:05d}-of-{shards:05d}.{ending}"
         weight_map |= dict.fromkeys(group, file)
         if safetensors:
-            save_file(
-                {name: _cast(array, dtype) for name, array in group.items()}, folder / file, {"format": "pt"}
-            )
+            save_file({name: _cast(array, dtype) for name, array in group.items()}, folder / file, {"format": "pt"})
         else:
             import torch
 
