@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+# Threads of a matrix product that wait for each other cost more than they bring in small tests.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # One process plays eight devices, so that every mesh shape can be tested on any machine.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"

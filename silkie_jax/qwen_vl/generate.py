@@ -7,22 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from silkie_jax.errors import UserError
 from silkie_jax.qwen_vl.attention import PADDING, PROMPT, branch_mask
 from silkie_jax.qwen_vl.language import Cache, ntk_alpha, rotation
-from silkie_jax.qwen_vl.model import QwenVL, check_images
+from silkie_jax.qwen_vl.model import QwenVL, check_inputs, check_spans
 
 StopSequences = tuple[tuple[int, ...], ...]
 
 
 def generate(
     model: QwenVL,
-    tokens: Int[Array, "B T"],
-    images: UInt8[Array, "N S S 3"] | None,
+    tokens: Int[ArrayLike, "B T"],
+    images: UInt8[ArrayLike, "N S S 3"] | None,
     max_new_tokens: int,
-    mask: Bool[Array, "B T"] | None = None,
+    mask: Bool[ArrayLike, "B T"] | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     stop: Iterable[int | Sequence[int]] = (),
@@ -43,33 +44,42 @@ def generate(
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if temperature < 0:
+    if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature must be 0 (greedy) or more, not {temperature}")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p must be in (0, 1], not {top_p}")
-    ids = np.asarray(tokens)
-    if ids.ndim != 2 or 0 in ids.shape:
-        raise UserError(f"prompts must be [B, T] with at least one token, not {list(ids.shape)}")
-    valid = np.ones(ids.shape, bool) if mask is None else np.asarray(mask).astype(bool)
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must be in [0, 2**32), not {seed}")
+    ids, images, mask = check_inputs(model.config, tokens, images, mask)
+    valid = np.ones(ids.shape, bool) if mask is None else np.asarray(mask)
     if not valid.any(1).all():
         raise UserError("a prompt is empty: its mask has no token")
-    check_images(model.config, np.where(valid, ids, -1), images)
     ids, valid = _pad_left(ids, valid)
-    stops = tuple(sequence for s in stop if (sequence := tuple(np.atleast_1d(s).tolist())))
+    check_spans(model.config, ids, 0 if images is None else len(images))  # a mask with holes may have cut one
     graph, state = nnx.split(model)
     return _generate(
         graph,
         state,
-        jnp.asarray(ids),
-        None if images is None else jnp.asarray(images),
-        jnp.asarray(valid),
-        jnp.float32(temperature),
+        ids,
+        images,
+        valid,
+        jnp.maximum(jnp.float32(temperature), jnp.finfo(jnp.float32).tiny),
         jnp.float32(top_p),
         jax.random.key(seed),
-        max_new_tokens=max_new_tokens,
-        stops=stops,
+        max_new_tokens=int(max_new_tokens),
+        stops=_stop_sequences(stop),
         greedy=temperature == 0,
     )
+
+
+def _stop_sequences(stop: int | Iterable[int | Sequence[int]]) -> StopSequences:
+    """Single ids and sequences of ids, all as tuples."""
+    entries = stop if isinstance(stop, Iterable) else [stop]
+    sequences = [np.atleast_1d(np.asarray(entry)) for entry in entries]
+    for sequence in sequences:
+        if sequence.size and (sequence.ndim > 1 or not np.issubdtype(sequence.dtype, np.integer)):
+            raise UserError(f"stop must hold ids or sequences of ids, not {sequence.tolist()}")
+    return tuple(tuple(sequence.tolist()) for sequence in sequences if sequence.size)
 
 
 def _pad_left(ids: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -130,8 +140,7 @@ def _generate(
     features = None if images is None else model.encode_images(images)
     positions = jnp.broadcast_to(jnp.arange(prompt), (batch, prompt))
     mask = jnp.pad(branch_mask(jnp.where(valid, PROMPT, PADDING)), ((0, 0), (0, 0), (0, max_new_tokens)))
-    # The images of a row are found by its <img> ids; padding must not look like one.
-    x = model.embed(jnp.where(valid, tokens, config.end_of_text), features)
+    x = model.embed(tokens, features)
     logits, cache = forward(x, positions, mask, Cache.empty(config, batch, size, model.dtype))
 
     first = jnp.int32(0)
@@ -144,12 +153,12 @@ def sample(
     logits: Float[Array, "B V"], temperature: Float[Array, ""], top_p: Float[Array, ""], key: jax.Array
 ) -> Int[Array, "B"]:
     """Draws from the smallest set of most probable ids whose probability reaches `top_p` (always at least one)."""
-    logits = logits / temperature
+    logits = (logits - logits.max(-1, keepdims=True)) / temperature
     descending = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(descending, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of the ids ranked above
-    kept = (before < top_p).sum(-1, keepdims=True)
-    threshold = jnp.take_along_axis(descending, kept - 1, axis=-1)
+    kept = ((before < top_p) | (top_p >= 1)).sum(-1, keepdims=True)
+    threshold = jnp.take_along_axis(descending, jnp.maximum(kept, 1) - 1, axis=-1)
     return jax.random.categorical(key, jnp.where(logits >= threshold, logits, -jnp.inf))
 
 

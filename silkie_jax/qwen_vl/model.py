@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from silkie_jax.errors import UserError
@@ -39,24 +40,24 @@ class QwenVL(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
-        images: UInt8[Array, "N S S 3"] | None = None,
-        mask: Bool[Array, "B T"] | None = None,
+        tokens: Int[ArrayLike, "B T"],
+        images: UInt8[ArrayLike, "N S S 3"] | None = None,
+        mask: Bool[ArrayLike, "B T"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B T V"]:
         """Logits of every position, in float32.
 
         `tokens` hold 256 ids (<imgpad>, or the bytes of a path) between each <img> and </img>; what they are does not
-        matter, the rows are replaced by the images, taken in order of appearance over the batch. `mask` is True at
-        tokens (None: everywhere); padding may stand on either side. `train` switches dynamic NTK and log-n attention
-        off, as the official code does in training mode.
+        matter, the rows are replaced by the images, taken in order of appearance over the batch. `mask` is True (or 1)
+        at tokens (None: everywhere); padding may stand on either side and hold any ids. `train` switches dynamic NTK
+        and log-n attention off, as the official code does in training mode.
 
         Raises:
-          UserError: images and image spans do not agree in number, size or form.
+          UserError: an argument of the wrong form, an id beyond the vocabulary, or images that do not fit the tokens.
         """
-        check_images(self.config, tokens, images)
+        tokens, images, mask = check_inputs(self.config, tokens, images, mask)
         graph, state = nnx.split(self)
-        return _logits(graph, state, jnp.asarray(tokens), images, mask, train)
+        return _logits(graph, state, tokens, images, mask, bool(train))
 
     def encode_images(
         self, images: UInt8[Array, "... S S 3"], wrap: Callable | None = None
@@ -110,7 +111,7 @@ def _logits(graph, state, tokens, images, mask, train):
     model: QwenVL = nnx.merge(graph, state)
     features = None if images is None else model.encode_images(images)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    branches = jnp.zeros_like(tokens) if mask is None else jnp.where(mask, PROMPT, PADDING)
+    branches = jnp.zeros_like(tokens) if mask is None else jnp.where(mask == 1, PROMPT, PADDING)
     hidden = model.hidden(tokens, positions, branches, features, train=train)
     return model.language.logits(hidden)
 
@@ -128,21 +129,58 @@ def place_images(
     return jnp.where(inside[:, None], rows.astype(x.dtype), x)
 
 
-def check_images(config: QwenVLConfig, tokens: Int[Array, "B T"], images: UInt8[Array, "N S S 3"] | None) -> None:
-    """Refuses images that do not fit the tokens, where both are known (not while tracing)."""
+def check_inputs(
+    config: QwenVLConfig, tokens: ArrayLike, images: ArrayLike | None, mask: ArrayLike | None
+) -> tuple[Int[Array, "B T"], UInt8[Array, "N S S 3"] | None, Bool[Array, "B T"] | None]:
+    """Brings what a caller gave to one form, or says in one line what is wrong with it.
+
+    Padding becomes end-of-text, so that it cannot look like an image. Shapes and types are always checked, values where
+    they are known (not while tracing).
+    """
+    tokens = _array("tokens", tokens)
+    if tokens.ndim != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise UserError(
+            f"tokens must be integers [B, T] with at least one token, not {tokens.dtype} {list(tokens.shape)}"
+        )
+    if mask is not None:
+        mask = _array("mask", mask)
+        if mask.shape != tokens.shape:
+            raise UserError(f"mask must have the shape of tokens, {list(tokens.shape)}, not {list(mask.shape)}")
+        mask = mask == 1  # as officially: whatever is not 1 is padding
     if images is not None:
+        images = _array("images", images)
         side = config.visual.image_size
-        if images.ndim != 4 or images.shape[1:] != (side, side, 3) or images.dtype != jnp.uint8:
+        if images.shape[:1] == (0,):
+            images = None
+        elif images.ndim != 4 or images.shape[1:] != (side, side, 3) or images.dtype != jnp.uint8:
             raise UserError(
                 f"images must be uint8 [N, {side}, {side}, 3], not {images.dtype} {list(images.shape)}; use read_image"
             )
-    if isinstance(tokens, jax.core.Tracer):
-        return
-    ids = np.asarray(tokens)
+    if isinstance(tokens, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
+        tokens = tokens if mask is None else jnp.where(mask, tokens, config.end_of_text)
+        return tokens.astype(jnp.int32), images, mask
+
+    ids = np.asarray(tokens) if mask is None else np.where(mask, tokens, config.end_of_text)
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        wrong = ids.min() if ids.min() < 0 else ids.max()
+        raise UserError(f"token id {wrong} is outside the vocabulary of {config.vocab_size}")
+    check_spans(config, ids, 0 if images is None else len(images))
+    return ids.astype(np.int32), images, mask
+
+
+def check_spans(config: QwenVLConfig, ids: np.ndarray, images: int) -> None:
+    """Refuses ids [B, T] whose image spans are not whole, or not as many as `images`."""
     rows, starts = np.nonzero(ids == config.image_start)
-    count = 0 if images is None else images.shape[0]
-    if len(starts) != count:
-        raise UserError(f"the tokens hold {len(starts)} <img> spans but {count} images were given")
+    if len(starts) != images:
+        raise UserError(f"the tokens hold {len(starts)} <img> spans but {images} images were given")
     ends = starts + IMAGE_TOKENS + 1
-    if (ends >= ids.shape[1]).any() or (ids[rows, np.minimum(ends, ids.shape[1] - 1)] != config.image_end).any():
+    if (ends >= ids.shape[1]).any() or (ids[rows, ends] != config.image_end).any():
         raise UserError(f"an <img> is not followed by {IMAGE_TOKENS} ids and </img>: the image span is cut")
+
+
+def _array(name: str, x: ArrayLike) -> jax.Array | np.ndarray:
+    """Lists become arrays; arrays, on a device or being traced, stay what they are."""
+    try:
+        return x if isinstance(x, jax.Array | np.ndarray) else np.asarray(x)
+    except ValueError:
+        raise UserError(f"{name} must be an array: the parts of this list differ in shape") from None

@@ -37,7 +37,7 @@ def trainable_filter(*, lora: bool, train_vision: str) -> Callable[[tuple, Any],
     """Which parameters training changes: adapters or the whole decoder, and as much of the vision tower as asked."""
 
     def chosen(path: tuple, value: Any) -> bool:
-        if not isinstance(value, nnx.Param):
+        if not isinstance(value, nnx.Param) or path == _FIXED:
             return False
         if path[0] == "visual":
             return train_vision == "all" or (train_vision == "resampler" and path[1] in _RESAMPLER)
@@ -47,6 +47,7 @@ def trainable_filter(*, lora: bool, train_vision: str) -> Callable[[tuple, Any],
 
 
 _RESAMPLER = ("attn_pool", "ln_post", "proj")
+_FIXED = ("visual", "attn_pool", "pos_embed")  # a table of sines: the official code never trains it
 
 
 def response_logps(
