@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
 from silkie_jax.errors import UserError
 
-IMAGE_TOKENS = (
-    256  # embedding rows between <img> and </img>; also the resampler's queries (official visual.py)
-)
+IMAGE_TOKENS = 256  # embedding rows between <img> and </img>; also the resampler's queries (official visual.py)
 _SPECIALS_BEFORE_IMAGE = 3 + 205 + 6  # <|endoftext|> <|im_start|> <|im_end|>, the extras, <ref> ... </quad>
 
 
@@ -112,6 +111,14 @@ class QwenVLConfig:
         for key, expected in _FIXED.items():
             if fields.get(key, expected) != expected:
                 raise UserError(f"{where}: {key} = {fields[key]!r} is not Qwen-VL (expected {expected!r})")
+        wrong = [
+            f"{prefix}{f.name} = {section[f.name]!r}"
+            for kind, section, prefix in sections
+            for f in dataclasses.fields(kind)
+            if f.type in _SOUND and not _SOUND[f.type](section[f.name])
+        ]
+        if wrong:
+            raise UserError(f"{where}: sizes must be positive numbers, switches true or false, not {', '.join(wrong)}")
         own = {f.name: fields[f.name] for f in dataclasses.fields(cls) if f.name not in ("visual", "raw")}
         vision = VisionConfig(**{f.name: visual[f.name] for f in dataclasses.fields(VisionConfig)})
         config = cls(**own, visual=vision, raw=json.dumps(fields))
@@ -120,16 +127,21 @@ class QwenVLConfig:
 
     def _check(self, where: str) -> None:
         v = self.visual
-        if self.attention_width != self.hidden_size:
-            raise UserError(f"{where}: kv_channels x num_attention_heads must equal hidden_size")
-        if v.output_dim != self.hidden_size:
-            raise UserError(
-                f"{where}: visual.output_dim {v.output_dim} must equal hidden_size {self.hidden_size}"
-            )
-        if v.image_size % v.patch_size or v.width % v.heads or v.output_dim % 128:
-            raise UserError(
-                f"{where}: visual needs image_size divisible by patch_size, width by heads, output_dim by 128"
-            )
+        demands = {
+            "kv_channels x num_attention_heads must equal hidden_size": self.attention_width == self.hidden_size,
+            "kv_channels must be even": self.head_dim % 2 == 0,
+            "intermediate_size must be even": self.intermediate_size % 2 == 0,
+            "seq_length must be at least 2": self.seq_length >= 2,
+            "visual.output_dim must equal hidden_size": v.output_dim == self.hidden_size,
+            "visual.output_dim must be divisible by 128": v.output_dim % 128 == 0,
+            "visual.image_size must be divisible by visual.patch_size": v.image_size % v.patch_size == 0,
+            "visual.width must be divisible by visual.heads": v.width % v.heads == 0,
+            f"visual.image_start_id must be at least {_SPECIALS_BEFORE_IMAGE}": self.end_of_text >= 0,
+            "vocab_size must exceed visual.image_start_id + 2": self.vocab_size > self.image_end + 1,
+        }
+        broken = [demand for demand, holds in demands.items() if not holds]
+        if broken:
+            raise UserError(f"{where}: {'; '.join(broken)}")
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:
@@ -147,13 +159,17 @@ class QwenVLConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The official config.json with every field it was read with."""
-        own = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("visual", "raw")
-        }
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("visual", "raw")}
         raw = json.loads(self.raw)
         return {**raw, **own, "visual": {**raw.get("visual", {}), **dataclasses.asdict(self.visual)}}
 
 
+# What a field of each type may hold.
+_SOUND: dict[Any, Callable[[Any], bool]] = {
+    int: lambda x: type(x) is int and x > 0,
+    float: lambda x: type(x) in (int, float) and 0 < x < float("inf"),
+    bool: lambda x: type(x) is bool,
+}
 # Fields that the official code reads but that every Qwen-VL checkpoint sets alike.
 _FIXED = {"no_bias": True, "tie_word_embeddings": False, "rotary_pct": 1.0, "scale_attn_weights": True}
 

@@ -50,11 +50,11 @@ def generate(
         raise UserError(f"top_p must be in (0, 1], not {top_p}")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed must be in [0, 2**32), not {seed}")
-    ids, images, mask = check_inputs(model.config, tokens, images, mask)
-    valid = np.ones(ids.shape, bool) if mask is None else np.asarray(mask)
+    checked, images, mask = check_inputs(model.config, tokens, images, mask)
+    valid = np.ones(checked.shape, bool) if mask is None else np.asarray(mask)
     if not valid.any(1).all():
         raise UserError("a prompt is empty: its mask has no token")
-    ids, valid = _pad_left(ids, valid)
+    ids, valid = _pad_left(np.asarray(checked), valid)
     check_spans(model.config, ids, 0 if images is None else len(images))  # a mask with holes may have cut one
     graph, state = nnx.split(model)
     return _generate(

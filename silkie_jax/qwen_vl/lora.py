@@ -84,16 +84,17 @@ def add_lora(
     `scale` replaces alpha / rank (rank-stabilised adapters). Only the decoder's stacked layers can be adapted.
 
     Raises:
-      UserError: a rank below 1, or a target that matches nothing.
+      UserError: a rank below 1, no target, or a target that matches nothing.
     """
     if rank < 1:
         raise UserError(f"lora.rank must be at least 1, not {rank}")
+    targets = [targets] if isinstance(targets, str) else targets
+    if not targets:
+        raise UserError("lora.targets is empty: name the decoder's layers to adapt")
     layers = dict(linears(model.language.layers))
     for target in targets:
         if not any(matches(name, [target]) for name in layers):
-            raise UserError(
-                f"lora.targets: {target!r} matches no decoder layer; there are {', '.join(layers)}"
-            )
+            raise UserError(f"lora.targets: {target!r} matches no decoder layer; there are {', '.join(layers)}")
     for name, linear in layers.items():
         if not matches(name, targets):
             continue

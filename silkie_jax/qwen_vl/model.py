@@ -131,7 +131,7 @@ def place_images(
 
 def check_inputs(
     config: QwenVLConfig, tokens: ArrayLike, images: ArrayLike | None, mask: ArrayLike | None
-) -> tuple[Int[Array, "B T"], UInt8[Array, "N S S 3"] | None, Bool[Array, "B T"] | None]:
+) -> tuple[jax.Array | np.ndarray, jax.Array | np.ndarray | None, jax.Array | np.ndarray | None]:
     """Brings what a caller gave to one form, or says in one line what is wrong with it.
 
     Padding becomes end-of-text, so that it cannot look like an image. Shapes and types are always checked, values where
