@@ -98,7 +98,7 @@ class Leaf:
     @property
     def adaptable(self) -> bool:
         """Whether this is the weight of a linear layer that can carry an adapter (the decoder's)."""
-        return self.path.startswith(_DECODER) and len(self.own) > 1
+        return self.path.startswith(_DECODER) and len(self.official) > 1
 
     @property
     def target(self) -> str:
@@ -185,7 +185,7 @@ def plain_adapter_name(name: str) -> str:
 
 def foreign_linears(tree: Mapping[str, Leaf]) -> list[str]:
     """Official modules that PEFT could adapt and we cannot, one a kind: those outside the decoder's layers."""
-    weights = (leaf for leaf in tree.values() if len(leaf.own) > 1 and not leaf.adaptable)
+    weights = (leaf for leaf in tree.values() if len(leaf.official) > 1 and not leaf.adaptable)
     return [leaf.module.format(0) for leaf in weights if leaf.names[0].endswith(".weight")]
 
 

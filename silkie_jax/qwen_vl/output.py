@@ -16,13 +16,13 @@ _STAYS = ("*.index.json", "silkie.json", "adapter_config.json")
 
 
 @contextmanager
-def new_folder(dst: str | Path, *, replace: bool = False) -> Iterator[Path]:
+def new_folder(dst: str | Path, *, replace: str | None = None) -> Iterator[Path]:
     """Yields `DST.partial` to be filled, and renames it to `dst` when the block ends well.
 
     However the block ends, `dst` is never half written. What a killed run left behind is removed by the next one.
 
     Args:
-      replace: whether an existing `dst` gives way to the new one.
+      replace: an existing `dst` gives way to the new one if it holds a file of this name.
 
     Raises:
       UserError: `dst` exists, or another process is writing it.
@@ -30,7 +30,7 @@ def new_folder(dst: str | Path, *, replace: bool = False) -> Iterator[Path]:
     dst = Path(dst)
     partial = dst.with_name(dst.name + ".partial")
     occupied = dst.is_file() or (dst.is_dir() and any(dst.iterdir()))
-    if occupied and not replace:
+    if occupied and not (replace and (dst / replace).is_file()):
         raise UserError(f"{dst}: already exists; remove it or choose another name")
     if partial.is_dir() and any(partial.iterdir()) and not (partial / _LOCK).exists():
         raise UserError(f"{partial}: in the way, and not a leftover of ours; remove it")

@@ -215,7 +215,8 @@ def save_adapter(model: QwenVL, folder: str | Path, base_model: str) -> None:
       base_model: the official model that the adapter belongs to: a hub name or a folder, kept for PEFT's users.
     """
     tree = {leaf.target: leaf for leaf in leaves(model.config).values() if leaf.adaptable}
-    adapted = {target: linear for target, linear in linears(model.language.layers) if linear.lora_a is not None}
+    modules = dict(linears(model.language.layers))
+    adapted = {target: modules[target] for target in tree if modules[target].lora_a is not None}
     if not adapted:
         raise UserError(f"{folder}: the model carries no adapter to save")
     tensors: dict[str, np.ndarray] = {}
@@ -232,7 +233,7 @@ def save_adapter(model: QwenVL, folder: str | Path, base_model: str) -> None:
     config = _peft_config(
         rank, some.lora_scale * rank, list(adapted), foreign_linears(leaves(model.config)), base_model
     )
-    with new_folder(folder, replace=True) as partial:
+    with new_folder(folder, replace=CONFIG) as partial:
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         kinds = ((name, values.dtype, values.shape) for name, values in tensors.items())
         (shard,) = plan_shards(kinds, limit=2**62, stem="adapter_model")

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from silkie_jax.qwen_vl.checkpoint_io import (
+    MARKER,
     Piece,
     Source,
     lay_out,
@@ -135,7 +136,7 @@ def save_model(model: QwenVL, dst: str | Path, like: str | Path, dtype: str | No
     arrays = {".".join(keys): variable[...] for keys, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     dtypes = {path: target or np.dtype(arrays[path].dtype) for path in tree}
     writes = jax.process_index() == 0
-    with new_folder(dst, replace=True) if writes else contextlib.nullcontext() as folder:
+    with new_folder(dst, replace=MARKER) if writes else contextlib.nullcontext() as folder:
         if writes:
             check_room(folder, sum(nbytes(dtypes[path], leaf.shape) for path, leaf in tree.items()))
             copy_side_files(Path(like), folder)
