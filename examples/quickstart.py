@@ -24,15 +24,13 @@ MARKER = ".made-by-quickstart"
 ROWS = 64
 
 
-def silkie(*arguments: str | Path) -> str:
-    """Show a `silkie` command, run it, and return what it printed; end here if it fails."""
+def silkie(*arguments: str | Path) -> None:
+    """Show a `silkie` command and run it; end here if it fails."""
     words = [str(a) for a in arguments]
     print(f"\n$ silkie {shlex.join(words)}", flush=True)
-    done = subprocess.run([SILKIE, *words], stdout=subprocess.PIPE, text=True)
-    print(done.stdout, end="", flush=True)
-    if done.returncode:
-        sys.exit(f"quickstart: `silkie {words[0]}` ended with status {done.returncode}")
-    return done.stdout
+    status = subprocess.run([SILKIE, *words]).returncode
+    if status:
+        sys.exit(f"quickstart: `silkie {words[0]}` ended with status {status}")
 
 
 def start_clean(folder: Path) -> None:
@@ -61,34 +59,34 @@ def main() -> None:
     silkie("convert", official, weights)
     silkie("corpus", "import", "--jsonl", jsonl, "--images", published, corpus)
     silkie("train", CONFIG, f"model={weights}", f"corpus={corpus}", f"run_dir={run}")
-    silkie("score", weights, corpus, "--out", folder / "scores-before.jsonl")
-    silkie("score", weights, corpus, "--out", folder / "scores-after.jsonl", "--adapter", run / "adapter")
+    silkie("score", weights, corpus, "--out", folder / "scores.jsonl", "--adapter", run / "adapter")
     exported = folder / "exported"
-    silkie("export", weights, exported, "--adapter", run / "adapter")
+    silkie("export", run, exported)
     picture = min((published / "merged_images").iterdir())
     prompt = "What is in this picture?"
-    silkie("chat", exported, "--image", picture, "--prompt", prompt, "--greedy", "--max-new-tokens", "24", "--json")
+    silkie("chat", exported, "--image", picture, "--prompt", prompt, "--greedy", "--max-new-tokens", "16", "--json")
 
     summarise(folder, run, exported, time.monotonic() - began)
 
 
 def summarise(folder: Path, run: Path, exported: Path, seconds: float) -> None:
-    """Print what the run's own files say: accuracy and margin at the first and the last logged step."""
+    """Print what the run's own files say: the first and the last logged step, and the last evaluation."""
     with (run / "metrics.jsonl").open() as lines:
         logged = [json.loads(line) for line in lines]
 
+    def values(name: str) -> list[float]:
+        return [row[name] for row in logged if name in row]
+
     def first_and_last(name: str) -> str:
-        values = [row[name] for row in logged if name in row]
-        return f"{values[0]:.2f} -> {values[-1]:.2f}"
+        return f"{values(name)[0]:.2f} -> {values(name)[-1]:.2f}"
 
     print(f"""
-Done in {seconds:.0f} s.
-  pairs ranked rightly, training     {first_and_last("rewards/accuracies")}
-  pairs ranked rightly, held out     {first_and_last("eval_rewards/accuracies")}
-  margin of the preferred, training  {first_and_last("rewards/margins")}
-  loss                               {first_and_last("loss")}
+Done in {seconds:.0f} s. The reply above means nothing, for the model is random; but training taught what is preferred:
+  pairs ranked rightly   {first_and_last("rewards/accuracies")}, held out {values("eval_rewards/accuracies")[-1]:.2f}
+  margin of rewards      {first_and_last("rewards/margins")}
+  loss                   {first_and_last("loss")}
 In {folder}:
-  corpus/              TFDS ArrayRecord corpus     scores-*.jsonl   log-probability of every response
+  corpus/              TFDS ArrayRecord corpus     scores.jsonl     log-probability of every response
   run/                 metrics, checkpoints        run/adapter/     the trained adapter, in PEFT's form
   {exported.name}/            the trained model in the official form, adapter merged
 Next: README.md tells how to do the same with Qwen-VL-Chat and VLFeedback.""")
