@@ -1,4 +1,4 @@
-"""The Qwen-7B decoder: RMSNorm, rotary embedding with dynamic NTK, log-n attention, SwiGLU (official modeling_qwen.py)."""
+"""The Qwen-7B decoder: RMSNorm, rotary embedding, dynamic NTK, log-n attention, SwiGLU (official modeling_qwen.py)."""
 
 import math
 from collections.abc import Callable

@@ -196,7 +196,7 @@ def _bicubic(source: int, target: int) -> np.ndarray:
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
     """`depth` layers as one module whose arrays have a leading layer axis."""
-    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.fork(split=depth))
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.fork().split(depth))
 
 
 def scan(layers: nnx.Module, x: jax.Array, apply: Callable, wrap: Callable | None = None) -> jax.Array:
