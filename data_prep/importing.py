@@ -15,6 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -107,35 +108,35 @@ def run_import(
     if workers is not None and workers < 1:
         raise UserError(f"workers: {workers} is not at least 1")
     rows = Source(source)
-    store = open_images(images, max_bytes=max_image_bytes)
-    plan = _scan(rows, store, parse, repeated_ids, progress)
-    if not plan.accepted:
-        raise nothing_usable(rows.path, plan.rejections)
-    settings = json.dumps([VERSION, FORMAT, name, max_pixels, max_image_bytes])
-    refused = [Rejection(0, file, 0, "file", "", "image refused", why) for file, why in store.refused.items()]
-    plan.rejections += refused
-    key = _hash(settings, *(row.digest for row in plan.accepted), *(r.to_json() for r in plan.rejections))
+    with closing(open_images(images, max_bytes=max_image_bytes)) as store:
+        plan = _scan(rows, store, parse, repeated_ids, progress)
+        if not plan.accepted:
+            raise nothing_usable(rows.path, plan.rejections)
+        plan.rejections += [Rejection(0, f, 0, "file", "", "image refused", why) for f, why in store.refused.items()]
+        settings = json.dumps([VERSION, FORMAT, name, max_pixels, max_image_bytes])
+        key = _hash(settings, *(row.digest for row in plan.accepted), *(r.to_json() for r in plan.rejections))
+        if (Path(dst) / MANIFEST).exists():
+            return _finished_before(Path(dst), key)
+        count = math.ceil(len(plan.accepted) / _ROWS_PER_SHARD) if shards is None else shards
+        with CorpusBuilder(dst, name, min(count, len(plan.accepted))) as builder:
+            job = _Job(rows, store, parse, name, max_pixels, settings, builder, plan.accepted)
+            entries = _run_all(job, workers or os.cpu_count() or 1, progress)
+            return _finish(builder, rows, plan, entries, key)
 
-    dst = Path(dst)
-    if (dst / MANIFEST).exists():
-        return _finished_before(dst, key)
-    count = min(shards or math.ceil(len(plan.accepted) / _ROWS_PER_SHARD), len(plan.accepted))
-    with CorpusBuilder(dst, name, count) as builder:
-        job = _Job(rows, store, parse, name, max_pixels, settings, builder, plan.accepted)
-        entries = _run_all(job, count, workers or os.cpu_count() or 1, progress)
-        rejections = sorted(
-            plan.rejections + [Rejection(**fields) for entry in entries for fields in entry.notes["rejections"]]
-        )
-        if not any(entry.shard.records for entry in entries):
-            raise nothing_usable(rows.path, rejections)
-        summary = _sum_up(plan, entries, rejections)
-        aspects = list(dict.fromkeys(aspect for entry in entries for aspect in entry.notes["aspects"]))
-        files = {
-            "rejected.jsonl": (rejection.to_json() + "\n" for rejection in rejections),
-            "summary.json": [summary.to_json()],
-        }
-        builder.finish(entries, files, {"aspects": aspects, "input": key})
-    store.close()
+
+def _finish(builder: CorpusBuilder, rows: Source, plan: _Plan, entries: list[Entry], key: str) -> Summary:
+    """Sums up the shards and completes the corpus."""
+    in_shards = [Rejection(**fields) for entry in entries for fields in entry.notes["rejections"]]
+    rejections = sorted(plan.rejections + in_shards)
+    if not any(entry.shard.records for entry in entries):
+        raise nothing_usable(rows.path, rejections)
+    summary = _sum_up(plan, entries, rejections)
+    aspects = list(dict.fromkeys(aspect for entry in entries for aspect in entry.notes["aspects"]))
+    files = {
+        "rejected.jsonl": (rejection.to_json() + "\n" for rejection in rejections),
+        "summary.json": [summary.to_json()],
+    }
+    builder.finish(entries, files, {"aspects": aspects, "input": key})
     return summary
 
 
@@ -247,7 +248,8 @@ class _Stopped(Exception):
     """Ends a worker after another one failed or the user interrupted."""
 
 
-def _run_all(job: _Job, shards: int, workers: int, progress: bool) -> list[Entry]:
+def _run_all(job: _Job, workers: int, progress: bool) -> list[Entry]:
+    shards = job.builder.shards
     lock = threading.Lock()
     with (
         tqdm(total=len(job.accepted), unit="row", desc="writing shards", disable=not progress, mininterval=0.5) as bar,

@@ -54,5 +54,5 @@ def nothing_usable(source: object, rejections: list[Rejection]) -> UserError:
     first = rows[0]
     return UserError(
         f"none of the {len(rows)} rows of {source} can be used; the first (line {first.line} of {first.file}): "
-        f"{first.reason}: {first.detail}"
+        f"{first.reason}{': ' if first.detail else ''}{first.detail}"
     )

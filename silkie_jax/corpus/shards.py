@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -250,20 +251,31 @@ def _write_array_record(path: Path, temporary: Path, records: Iterable[bytes]) -
     writer = ArrayRecordWriter(str(temporary), "group_size:1")
     try:
         for data in records:
-            writer.write(data)
+            with _named_errors(path):
+                writer.write(data)
             count += 1
     finally:
-        writer.close()
+        with _named_errors(path):
+            writer.close()
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     reader = ArrayRecordReader(str(temporary))
     written = reader.num_records()
     reader.close()
     if written != count:
-        raise OSError(f"{path}: {count} records were written but {written} can be read: is the disk full?")
+        raise UserError(f"{path}: {count} records were written but only {written} can be read: is the disk full?")
     shard = Shard(path.name, count, temporary.stat().st_size, _sha256(temporary))
     _publish(temporary, path)
     return shard
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """Makes array_record's RuntimeError, a full disk for one, a line for the user."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(f"{path} cannot be written ({' '.join(str(error).split())})") from error
 
 
 def _publish(temporary: Path, path: Path) -> None:

@@ -4,6 +4,8 @@ import io
 import json
 import math
 import pickle
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -168,6 +170,30 @@ def test_a_failing_stream_leaves_no_shard(tmp_path, records):
         with pytest.raises(OSError, match="no more"):
             builder.write(0, "key", failing(), {})
         assert not list((tmp_path / "corpus").glob("toy-train*"))
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """A limit on the size of files stands for the disk; it needs a process of its own."""
+    code = """
+import os, resource, signal, sys
+import tensorflow_datasets
+from silkie_jax.corpus import Record, Response
+from silkie_jax.corpus.shards import CorpusBuilder
+from silkie_jax.errors import UserError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+try:
+    with CorpusBuilder(sys.argv[1], "toy", 1) as builder:
+        records = (Record(str(n), (os.urandom(50_000),), "p", (Response("r"),)) for n in range(20))
+        builder.write(0, "key", records, {})
+except UserError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "corpus")]
+    lines = subprocess.check_output(command, text=True).splitlines()
+    assert len(lines) == 1
+    assert "toy-train.array_record-00000-of-00001 cannot be written (write() failed: File too large" in lines[0]
+    assert not list((tmp_path / "corpus").glob("toy-train*"))
 
 
 def test_what_the_reader_refuses(tmp_path, corpus):

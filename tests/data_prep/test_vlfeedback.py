@@ -226,6 +226,14 @@ def test_what_the_user_can_mend_is_one_line(tmp_path, images):
         assert not (tmp_path / "corpus").exists()
 
 
+def test_an_import_of_unreadable_images_alone_is_refused(tmp_path, images):
+    (images / "merged_images" / "a.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"none of the 1 rows .*: unreadable image: not an image file"):
+        run(write_rows(tmp_path / "rows.jsonl", [row("a")]), images, tmp_path / "corpus")
+    with pytest.raises(UserError, match="unfinished"):
+        CorpusReader(tmp_path / "corpus")
+
+
 def test_random_damage_never_crashes(tmp_path, images):
     """Bytes of good rows are overwritten at random: what remains is imported, the rest is listed."""
     rng = np.random.default_rng(0)
