@@ -190,6 +190,7 @@ def full_config() -> dict:
 
 def tiny_config() -> dict:
     visual = full_config()["visual"] | {"width": 64, "layers": 3, "heads": 4, "output_dim": 256, "image_size": 280}
+    visual["image_start_id"] = 1070
     small = {
         "vocab_size": 1152,
         "hidden_size": 256,

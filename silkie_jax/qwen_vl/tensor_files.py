@@ -171,7 +171,7 @@ def read_torch_header(path: Path) -> list[StoredTensor]:
     """The tensors of a file written by `torch.save`, found without loading them.
 
     Only plain tensors are accepted (`weights_only=True`); under fake tensors torch notes where in the file each
-    storage lies instead of reading it (torch's notes on serialization, "layout control").
+    storage lies instead of reading it (torch 2.7 and newer; its notes on serialization, "layout control").
     """
     try:
         import torch
@@ -205,7 +205,9 @@ def read_torch_header(path: Path) -> list[StoredTensor]:
     for name, tensor in contents.items():
         shape = tuple(tensor.shape)
         offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-        if not isinstance(name, str) or offset is None or not tensor.is_contiguous():
+        if offset is None:
+            raise UserError(f"{path}: reading PyTorch .bin files needs torch 2.7 or newer: pip install -U torch")
+        if not isinstance(name, str) or not tensor.is_contiguous():
             raise _BrokenFile(f"holds {name} in a form that is not contiguous; save it again with .contiguous()")
         offset += tensor.storage_offset() * tensor.element_size()
         if offset + tensor.nbytes > size:
