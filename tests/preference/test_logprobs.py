@@ -1,0 +1,76 @@
+"""Fused log-probabilities against plain ones, in value, gradient and memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from silkie_jax.preference.logprobs import branch_sums, token_logprobs
+
+B, T, W, V = 3, 50, 8, 101
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.standard_normal((B, T, W)), jnp.float32)
+    weight = jnp.asarray(3 * rng.standard_normal((V, W)), jnp.float32)
+    predecessors = rng.integers(0, T, (B, 37))
+    labels = rng.integers(0, V, (B, 37))
+    return hidden, weight, predecessors, labels
+
+
+def plain(hidden, weight, predecessors, labels):
+    logps = jax.nn.log_softmax(hidden @ weight.T, axis=-1)
+    return logps[np.arange(B)[:, None], predecessors, labels]
+
+
+def fused(hidden, weight, predecessors, labels, **chunk):
+    return token_logprobs(hidden, predecessors, labels, lambda h: h @ weight.T, **chunk)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 36, 37, 64, 128])
+def test_equal_to_the_plain_ones_for_every_chunk(inputs, chunk):
+    np.testing.assert_allclose(fused(*inputs, chunk=chunk), plain(*inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_equal_those_of_the_plain_ones(inputs):
+    weights = np.random.default_rng(1).standard_normal((B, 37))
+
+    def gradients(f, **chunk):
+        return jax.grad(lambda h, w: (f(h, w, *inputs[2:], **chunk) * weights).sum(), argnums=(0, 1))(*inputs[:2])
+
+    for ours, expected in zip(gradients(fused, chunk=10), gradients(plain), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_large_scores_do_not_overflow(inputs):
+    hidden, weight, *rest = inputs
+    ours = fused(hidden * 1e3, weight, *rest)
+    assert np.isfinite(ours).all()
+    assert (ours <= 0).all()
+
+
+def test_memory_does_not_grow_with_labels_times_vocabulary():
+    """Twice the labels must not mean twice the scores at any time, forward and backward."""
+    vocabulary, width, chunk = 20_000, 8, 64
+
+    def temporaries(labels):
+        def loss(hidden, weight, predecessors, targets):
+            return token_logprobs(hidden, predecessors, targets, lambda h: h @ weight.T, chunk=chunk).sum()
+
+        shapes = ((1, labels, width), (vocabulary, width))
+        arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+        arguments += [jax.ShapeDtypeStruct((1, labels), jnp.int32)] * 2
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*arguments).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    few, many = temporaries(128), temporaries(2048)
+    assert few < 4 * chunk * vocabulary * 4  # a few copies of one chunk's scores
+    assert many - few < chunk * vocabulary * 4  # all of them would be 30 chunks more
+
+
+def test_sums_are_of_each_branch_and_padding_counts_nowhere():
+    values = jnp.asarray([[1.0, 2.0, 4.0, 8.0, jnp.nan], [1.0, 1.0, 1.0, 1.0, 1.0]])
+    branches = jnp.asarray([[1, 2, 1, 3, 0], [0, 0, 0, 0, 4]])
+    assert branch_sums(values, branches, 4).tolist() == [[5, 2, 8, 0], [0, 0, 0, 1]]

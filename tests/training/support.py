@@ -1,0 +1,169 @@
+"""What the training tests share: a tiny checkpoint, small corpora, and steps whose gradients can be looked at."""
+
+import dataclasses
+import io
+import json
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from PIL import Image
+
+from examples.tiny_qwen_vl import make_checkpoint
+from silkie_jax.corpus import Record, Response
+from silkie_jax.corpus.shards import CorpusBuilder
+from silkie_jax.preference.batches import Batch, collate, decode_images
+from silkie_jax.preference.rows import Row, make_row
+from silkie_jax.qwen_vl.model import QwenVL
+from silkie_jax.training.loop import put
+from silkie_jax.training.step import Objective, Step, branch_count, trainable_filter
+
+SIDE = 28  # of the tiny model's images: four patches
+SIZES = {
+    "hidden": 128,
+    "heads": 8,
+    "layers": 2,
+    "ff": 64,
+    "vision_width": 32,
+    "vision_layers": 2,
+    "vision_heads": 4,
+    "image_size": SIDE,
+}
+ASPECTS = ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
+TEXTS = (
+    "A red circle on a white ground.",
+    "Yes.",
+    "There are three boxes on the table: one is red, one is green and one is blue, and that is all there is to see.",
+    "图片中有一个红色的方框。",
+)
+
+
+def make_tiny(folder: Path, **sizes: int) -> Path:
+    """The tiniest checkpoint that has everything."""
+    return make_checkpoint(folder, **(SIZES | sizes))
+
+
+def image_bytes(seed: int, size: tuple[int, int] = (40, 30)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def record(
+    number: int, ratings: Sequence[float] = (5, 1, 3, 2), images: int = 1, prompt: str | None = None, words: int = 0
+) -> Record:
+    """A rated instruction; `words` makes its prompt longer."""
+    said = TEXTS[number % len(TEXTS) :] + TEXTS[: number % len(TEXTS)]
+    responses = [
+        Response(f"{said[k % len(said)]}{'!' * (k // len(said))}", f"model-{k}", dict.fromkeys(ASPECTS, float(rating)))
+        for k, rating in enumerate(ratings)
+    ]
+    prompt = prompt or f"What is in picture {number}?{' Look again.' * words}"
+    pictures = tuple(image_bytes(100 * number + i) for i in range(images))
+    return Record(f"row-{number}", pictures, prompt, tuple(responses))
+
+
+def given_record(number: int, images: int = 1) -> Record:
+    """A preference pair without ratings."""
+    return dataclasses.replace(
+        record(number, images=images), responses=(Response(f"No, not {number}."), Response("Yes.")), pairs=((0, 1),)
+    )
+
+
+def write_corpus(folder: Path, records: Iterable[Record]) -> Path:
+    """A finished corpus of these records in one shard."""
+    records = list(records)
+    aspects = list(dict.fromkeys(a for r in records for x in r.responses for a in x.ratings))
+    with CorpusBuilder(folder, "tiny", 1) as builder:
+        entry = builder.write(0, "key", records, {})
+        builder.finish([entry], {}, {"aspects": aspects})
+    return folder
+
+
+def rows_arrays(tokenizer, rows: Sequence[Row | None], accumulate: int = 1) -> dict[str, np.ndarray]:
+    """The arrays [A, B, ...] of a batch of these rows."""
+    flat = collate(rows, tokenizer.end_of_text) | decode_images(rows, SIDE)
+    return {k: v.reshape(accumulate, len(rows) // accumulate, *v.shape[1:]) for k, v in flat.items()}
+
+
+def all_pairs(count: int) -> list[tuple[int, int]]:
+    """Every response against each later one."""
+    return [(i, j) for i in range(count) for j in range(i + 1, count)]
+
+
+def record_row(tokenizer, made: Record, **options) -> Row:
+    """A record's row with all its responses, each preferred to the later ones."""
+    return make_row(tokenizer, made, all_pairs(len(made.responses)), **options)
+
+
+def as_batch(arrays: dict[str, np.ndarray]) -> Batch:
+    """What `Trainer.update` takes."""
+    return Batch(arrays, [], {}, {})
+
+
+class Steps:
+    """Training steps that move nothing and give their gradients away: `(metrics, gradients by path) = steps(arrays)`.
+
+    The state is the model's; `reference` is another model, for objectives whose reference is a copy.
+    """
+
+    def __init__(
+        self,
+        model: QwenVL,
+        objective: Objective,
+        *,
+        lora: bool = False,
+        train_vision: str = "all",
+        reference: QwenVL | None = None,
+        mesh=None,
+    ):
+        chosen = trainable_filter(lora=lora, train_vision=train_vision)
+        graph, self.trainable, self.frozen = nnx.split(model, chosen, ...)
+        self.reference = nnx.split(reference, chosen, ...)[1] if reference else None
+        self.mesh = mesh
+        self.step = Step(graph, objective, keep_gradients(), mesh=mesh, vision_trained=train_vision != "none")
+
+    def __call__(self, arrays: dict[str, np.ndarray]) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        # What is trained and the state of the optimizer are given away (donated).
+        trainable = jax.tree.map(jnp.copy, self.trainable)
+        state = jax.tree.map(jnp.zeros_like, self.trainable)
+        batch = arrays if self.mesh is None else put(arrays, self.mesh)
+        _, gradients, metrics = self.step.train(
+            trainable, state, self.frozen, self.reference, batch, branches=branches_of(arrays)
+        )
+        return {k: float(v) for k, v in metrics.items()}, by_path(gradients)
+
+
+def branches_of(arrays: dict[str, np.ndarray]) -> int:
+    return branch_count(int(arrays["label_branches"].max()))
+
+
+def keep_gradients() -> optax.GradientTransformation:
+    """An "optimizer" that changes nothing and whose state is the last gradient."""
+    zeros = partial(jax.tree.map, jnp.zeros_like)
+    return optax.GradientTransformation(zeros, lambda gradients, state, parameters=None: (zeros(gradients), gradients))
+
+
+def by_path(state: nnx.State) -> dict[str, np.ndarray]:
+    """Arrays on the host under their dotted paths."""
+    return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(state)}
+
+
+def assert_same_arrays(ours: dict[str, np.ndarray], expected: dict[str, np.ndarray], rtol: float) -> None:
+    """Each array within `rtol` of the other's norm, but for the noise of float32 sums in arrays of next to nothing."""
+    assert sorted(ours) == sorted(expected)
+    whole = np.sqrt(sum(float((x.astype(np.float64) ** 2).sum()) for x in expected.values()))
+    for name, array in expected.items():
+        error = np.linalg.norm((ours[name] - array).astype(np.float64))
+        allowed = rtol * np.linalg.norm(array.astype(np.float64)) + 1e-8 * whole
+        assert error <= allowed, f"{name}: off by {error:.3g}, norm {np.linalg.norm(array):.3g}"
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
