@@ -160,6 +160,7 @@ def check_inputs(
         tokens = tokens if mask is None else jnp.where(mask, tokens, config.end_of_text)
         return tokens.astype(jnp.int32), images, mask
 
+    mask = None if mask is None else np.asarray(mask)
     ids = np.asarray(tokens) if mask is None else np.where(mask, tokens, config.end_of_text)
     if ids.min() < 0 or ids.max() >= config.vocab_size:
         wrong = ids.min() if ids.min() < 0 else ids.max()
