@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status. A user's mistake is one line on stderr and status 1."""
     args = make_parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except UserError as e:
         print(f"silkie: {' '.join(str(e).split())}", file=sys.stderr)
         return 1
@@ -24,7 +24,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -65,6 +64,20 @@ def make_parser() -> argparse.ArgumentParser:
     p = verb(verbs, "train", _train, "Train by DPO or supervised fine-tuning; continues a run that was cut off.")
     p.add_argument("config", help="a YAML file")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the file")
+    p.add_argument("--profile", type=int, default=0, metavar="STEPS", help="write an XLA trace of so many steps")
+    _add_hosts(p)
+
+    p = verb(verbs, "reference", _reference, "Store the reference's log-probabilities beside a corpus.")
+    p.add_argument("config", help="the YAML file of the training run, with reference: precomputed")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the file")
+    _add_hosts(p)
+
+    p = verb(verbs, "compile", _compile, "Compile a run's step for a machine that is not there: does it fit, how fast?")
+    p.add_argument("config", help="the YAML file of the training run")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the file")
+    p.add_argument("--topology", required=True, help="such as v5e:4x4, v5p:4x4x4, v6e:8x8, or cpu:8 for a dry run")
+    p.add_argument("--tokens", type=int, default=1024, help="length that rows are padded to")
+    p.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
 
     p = verb(verbs, "score", _score, "Log-probability of every response of a corpus, as training sees it.")
     p.add_argument("model")
@@ -89,6 +102,20 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
     p.add_argument("--json", action="store_true", help='print {"response", "tokens"}')
     return parser
+
+
+def _add_hosts(p: argparse.ArgumentParser) -> None:
+    """One process a host; on TPU pods, Slurm and Open MPI they find each other without these."""
+    hosts = p.add_argument_group("several hosts", "not needed on TPU pods and under Slurm or Open MPI")
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 runs")
+    hosts.add_argument("--processes", type=int, metavar="N")
+    hosts.add_argument("--process", type=int, metavar="K", help="this one's number, from 0")
+
+
+def _start_hosts(args: argparse.Namespace) -> None:
+    from silkie_jax.training.distributed import start
+
+    start(args.coordinator, args.processes, args.process)
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -121,9 +148,31 @@ def _train(args: argparse.Namespace) -> None:
     from silkie_jax.training.config import load_config
 
     config = load_config(args.config, args.overrides)  # before JAX is imported
+    _start_hosts(args)
     from silkie_jax.training.loop import train
 
-    print(f"finished: {train(config)}")
+    print(f"finished: {train(config, profile=args.profile)}")
+
+
+def _reference(args: argparse.Namespace) -> None:
+    from silkie_jax.training.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    _start_hosts(args)
+    from silkie_jax.training.reference import compute_reference
+
+    print(f"stored: {compute_reference(config)}")
+
+
+def _compile(args: argparse.Namespace) -> int:
+    from silkie_jax.training.config import load_config
+    from silkie_jax.training.forecast import Lengths, forecast, prepare
+
+    config = load_config(args.config, args.overrides)
+    prepare(args.topology)  # before JAX is imported
+    found = forecast(config, args.topology, Lengths(tokens=args.tokens))
+    print(json.dumps(found.as_dict()) if args.json else "\n".join(found.lines(config.epochs or 1)))
+    return 0 if found.fits else 1
 
 
 def _score(args: argparse.Namespace) -> None:

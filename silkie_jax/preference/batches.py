@@ -1,43 +1,48 @@
-"""Corpus records -> rows -> batches of one step, in an order that depends on (seed, step) alone.
+"""Corpus records -> rows -> batches of one step, the same whoever asks (see plan.py).
 
-A step's batch is `accumulate` times `rows` instructions. Every host lays out the text of all of them (cheap, and all
-must agree on the padded lengths) and decodes the images of its own rows only.
+A step's batch is a grid of `accumulate` x `batch_rows` sequences. Every host lays out the text of all of them (cheap,
+and all must agree on the padded lengths) and decodes the images of its own rows only.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
-from tqdm import tqdm
+from jaxtyping import Bool, Float, Int, UInt8
 
 from silkie_jax.corpus import CorpusReader, Record
 from silkie_jax.corpus.pairs import Rule, pairs
 from silkie_jax.errors import UserError
-from silkie_jax.preference.rows import Row, RowTooLong, make_row
-from silkie_jax.qwen_vl.attention import PADDING
+from silkie_jax.preference.plan import Plan
+from silkie_jax.preference.rows import ROW_FORM, Row, make_row
+from silkie_jax.preference.work import Work, response_lengths, row_work
+from silkie_jax.qwen_vl.attention import PADDING, ROW
 from silkie_jax.qwen_vl.image import read_image
 from silkie_jax.qwen_vl.tokenizer import Tokenizer
 
 Arrays = dict[str, np.ndarray]
+ReferenceLogps = Callable[[int, Sequence[int]], Float[np.ndarray, "K"]]
+"""From a record's index and its responses to their stored log-probabilities."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """One step's input: `arrays` go to the devices, the rest is for people.
 
-    arrays: [A, B, ...], A accumulated batches of B rows:
-      tokens, positions, branches int32 [A, B, T]   (branch -1: padding)
-      predecessors, labels, label_branches int32 [A, B, N]   (label branch 0: padding)
-      pairs int32 [A, B, P, 2], pair_mask bool [A, B, P]   (branch numbers from 0)
+    arrays: [A, B, ...], A accumulated batches of B sequences, each a row or several packed ones:
+      tokens, positions, branches int32 [A, B, T]   (branch -1: padding; see attention.branch_mask)
+      predecessors, labels, label_branches int32 [A, B, N]   (label branches count from 1; 0: padding)
+      pairs int32 [A, B, P, 2], pair_mask bool [A, B, P]   (branches of the sequence, from 0)
       images uint8 [A, B, M, S, S, 3]   (absent where no row has an image)
+      reference_logps float32 [A, B, K]   (only with a stored reference)
     """
 
     arrays: Arrays
     ids: list[str]
-    dropped: dict[str, str]  # id -> why the row is not in the batch
-    truncated: dict[str, str]  # id -> what was cut
+    work: Work
+    shape: "Shape"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,94 +54,136 @@ class RowOptions:
     max_length: int = 2048
     max_prompt_length: int | None = None
 
-    def choose(self, record: Record) -> tuple[list[tuple[int, int]], list[int] | None]:
-        """(pairs, responses to lay out): for sft the responses that some pair prefers and none rejects."""
+    def row(self, tokenizer: Tokenizer, record: Record) -> Row | None:
+        """The record's row; None where the rule gives it nothing to train on.
+
+        Raises:
+          RowTooLong: its images leave no room for a response.
+        """
         found = pairs(record, self.rule)
-        if self.objective == "dpo":
-            return found, None
-        rejected = {loser for _, loser in found}
-        return [], sorted({winner for winner, _ in found} - rejected)
+        responses = None
+        if self.objective == "sft":
+            rejected = {loser for _, loser in found}
+            responses = sorted({winner for winner, _ in found} - rejected)
+        if not found or responses == []:
+            return None
+        return make_row(
+            tokenizer,
+            record,
+            found if responses is None else (),
+            responses=responses,
+            max_length=self.max_length,
+            max_prompt_length=self.max_prompt_length,
+        )
 
-    def usable(self, record: Record) -> bool:
-        found, responses = self.choose(record)
-        return bool(found or responses)
+    def key(self, corpus: CorpusReader, tokenizer: Tokenizer) -> dict[str, object]:
+        """All that rows depend on."""
+        about = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint, "form": ROW_FORM}
+        return {**about, **dataclasses.asdict(self)}
 
 
-def usable_records(corpus: CorpusReader, indices: Sequence[int], options: RowOptions) -> np.ndarray:
-    """Those of `indices` whose record has something to train on under the pair rule."""
-    step = 256
-    kept: list[int] = []
-    for start in tqdm(
-        range(0, len(indices), step), desc="pairs", unit="batch", leave=False, disable=len(indices) < 4096
-    ):
-        some = [int(i) for i in indices[start : start + step]]
-        kept += [i for i, record in zip(some, corpus.batch(some), strict=True) if options.usable(record)]
-    return np.asarray(kept, np.int64)
+class Shape(NamedTuple):
+    """Padded sizes of a batch: sequences of each accumulated batch, then the most of a sequence."""
+
+    sequences: int
+    tokens: int
+    labels: int
+    pairs: int
+    images: int
+    branches: int
 
 
 class BatchSource:
     """The batches of a run by step number.
 
     Args:
-      indices: the corpus records to go through, each once an epoch, in an order drawn from (seed, epoch); or in their
-        own order, where `seed` is None. An epoch's last batch is filled up with empty rows.
-      rows, accumulate: rows of a batch, and batches of a step.
-      padded_rows: what a batch is filled up to with empty rows, for a mesh that splits it evenly.
-      local: [padded_rows], which of a batch's rows this host's devices hold (None: all). Other rows get no pixels.
+      indices: the corpus records of the plan.
+      rows, accumulate: sequences of a batch, and batches of a step.
+      shards: what the number of sequences must be a multiple of (the mesh's batch axes); empty ones fill up.
+      local: says which of so many sequences this host's devices hold (None: all). Others get no pixels.
+      pack: tokens up to which short rows are packed into one sequence; None: a sequence is a row.
+      reference: stored log-probabilities, where they are used.
     """
 
     def __init__(
         self,
         corpus: CorpusReader,
-        indices: Sequence[int] | Int[np.ndarray, "I"],
+        indices: Int[np.ndarray, "I"],
+        plan: Plan,
         tokenizer: Tokenizer,
         options: RowOptions,
         *,
         image_size: int,
         rows: int,
-        padded_rows: int | None = None,
         accumulate: int = 1,
-        seed: int | None = 0,
-        local: Bool[np.ndarray, "B"] | None = None,
+        shards: int = 1,
+        local: Callable[[int], Bool[np.ndarray, "B"]] | None = None,
+        pack: int | None = None,
+        reference: ReferenceLogps | None = None,
     ):
-        self.corpus, self.tokenizer, self.options = corpus, tokenizer, options
-        self.indices = np.asarray(indices, np.int64)
-        self.image_size, self.rows, self.accumulate, self.seed = image_size, rows, accumulate, seed
-        self.padded_rows = padded_rows or rows
-        self.local = np.ones(self.padded_rows, bool) if local is None else local
-        self.steps_per_epoch = -(-len(self.indices) // (rows * accumulate))
+        self.corpus, self.indices, self.plan = corpus, indices, plan
+        self.tokenizer, self.options, self.reference = tokenizer, options, reference
+        self.image_size, self.rows, self.accumulate, self.shards = image_size, rows, accumulate, shards
+        self.local = local or (lambda count: np.ones(count, bool))
+        self.pack = pack
+        self._widest: dict[tuple[int, ...], tuple[int, ...]] = {}
 
-    def record_indices(self, step: int) -> Int[np.ndarray, "R"]:
-        """The records of step number `step` (from 0); fewer than a full batch at an epoch's end."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        order = self.indices
-        if self.seed is not None:
-            order = order[np.random.default_rng((self.seed, epoch)).permutation(len(order))]
-        size = self.rows * self.accumulate
-        return order[place * size : (place + 1) * size]
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.plan.steps_per_epoch
+
+    def groups(self, step: int) -> list[list[int]]:
+        """The records (rows of plan.sizes) of each sequence of a step, A x B of them."""
+        records = self.plan.records(step).tolist()
+        groups = [[record] for record in records]
+        sequences = self.rows
+        if self.pack:
+            lengths = [int(self.plan.sizes[record, 0]) for record in records]
+            groups = [[records[i] for i in some] for some in first_fit(lengths, max(self.pack, *lengths))]
+            sequences = -(-len(groups) // self.accumulate)
+        padded = -(-sequences // self.shards) * self.shards
+        grid: list[list[int]] = []
+        for first in range(0, self.accumulate * sequences, sequences):
+            some = groups[first : first + sequences]
+            grid += some + [[]] * (padded - len(some))
+        return grid
+
+    def shape(self, step: int) -> Shape:
+        """The padded sizes of a step's batch, known from the rows' sizes without laying them out."""
+        groups = self.groups(step)
+        own = make_shape(len(groups) // self.accumulate, [self.plan.sizes[group].sum(0) for group in groups if group])
+        return Shape(*own[:2], *np.max([own[2:], self._widest.get(own[:2], own[2:])], axis=0).tolist())
+
+    def shapes(self, steps: range) -> set[Shape]:
+        """The shapes of all these steps, at most one for each padded length.
+
+        What else is padded (labels, pairs, images, branches) is from now on padded alike in all steps of one length, so
+        that each length is compiled once.
+        """
+        for step in steps:
+            own = self.shape(step)
+            self._widest[own[:2]] = own[2:]
+        return {self.shape(step) for step in steps}
 
     def batch(self, step: int) -> Batch:
         """Reads, lays out and decodes one step."""
-        records = self.corpus.batch(self.record_indices(step).tolist())
-        rows: list[Row | None] = []
-        dropped, truncated = {}, {}
-        for record in records:
-            try:
-                row = self._row(record)
-            except RowTooLong as e:
-                row = None
-                dropped[record.id] = str(e)
-            if row is not None and row.truncated:
-                truncated[record.id] = _cut(row)
-            rows.append(row)
-        grid: list[Row | None] = []
-        for first in range(0, self.rows * self.accumulate, self.rows):
-            some = rows[first : first + self.rows]
-            grid += some + [None] * (self.padded_rows - len(some))
-        flat = collate(grid, self.tokenizer.end_of_text)
-        flat |= decode_images(grid, self.image_size, np.tile(self.local, self.accumulate))
-        arrays = {k: v.reshape(self.accumulate, self.padded_rows, *v.shape[1:]) for k, v in flat.items()}
-        return Batch(arrays, [record.id for record in records], dropped, truncated)
+        grid, shape = self.groups(step), self.shape(step)
+        wanted = [int(self.indices[i]) for group in grid for i in group]
+        records = dict(zip(wanted, self.corpus.batch(wanted), strict=True))
+        rows = [[self._row(records[int(self.indices[i])]) for i in group] for group in grid]
+        flat = collate(rows, shape, self.tokenizer.end_of_text)
+        local = np.tile(self.local(shape.sequences), self.accumulate)
+        flat |= decode_images(rows, shape.images, self.image_size, local)
+        if self.reference is not None:
+            flat["reference_logps"] = np.zeros((len(grid), shape.branches), np.float32)
+            for values, group, laid_out in zip(flat["reference_logps"], grid, rows, strict=True):
+                known = [
+                    self.reference(int(self.indices[i]), row.responses) for i, row in zip(group, laid_out, strict=True)
+                ]
+                values[: sum(map(len, known))] = np.concatenate([*known, []])
+        arrays = {k: v.reshape(self.accumulate, shape.sequences, *v.shape[1:]) for k, v in flat.items()}
+        work = sum((_work(row) for group in rows for row in group), Work())
+        return Batch(arrays, [row.id for group in rows for row in group], work, shape)
 
     def iterate(self, start: int, stop: int, workers: int = 2) -> Iterator[Batch]:
         """The batches of steps start..stop-1, prepared ahead by threads."""
@@ -145,69 +192,98 @@ class BatchSource:
         return iter(steps.to_iter_dataset(options))
 
     def _row(self, record: Record) -> Row:
-        chosen, responses = self.options.choose(record)
-        limits = {"max_length": self.options.max_length, "max_prompt_length": self.options.max_prompt_length}
-        return make_row(self.tokenizer, record, chosen, responses=responses, **limits)
+        row = self.options.row(self.tokenizer, record)
+        assert row is not None, f"record {record.id} was usable when it was measured"
+        return row
+
+
+def _work(row: Row) -> Work:
+    return row_work(*response_lengths(row.branches), len(row.labels), len(row.images), len(row.pairs))
+
+
+def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Packs by first-fit decreasing: the members of each sequence, each in its original order."""
+    room: list[int] = []
+    members: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = next((p for p, left in enumerate(room) if left >= lengths[i]), len(room))
+        if place == len(room):
+            room.append(capacity)
+            members.append([])
+        room[place] -= lengths[i]
+        members[place].append(i)
+    return [sorted(some) for some in members]
+
+
+def collate(groups: Sequence[Sequence[Row]], shape: Shape, pad: int) -> Arrays:
+    """Rows padded to common lengths, [G, ...]: a group of rows is packed into one sequence, an empty one is padding."""
+    count = len(groups)
+    out: Arrays = {
+        "tokens": np.full((count, shape.tokens), pad, np.int32),
+        "positions": np.zeros((count, shape.tokens), np.int32),
+        "branches": np.full((count, shape.tokens), PADDING, np.int32),
+        "predecessors": np.zeros((count, shape.labels), np.int32),
+        "labels": np.zeros((count, shape.labels), np.int32),
+        "label_branches": np.zeros((count, shape.labels), np.int32),
+        "pairs": np.zeros((count, shape.pairs, 2), np.int32),
+        "pair_mask": np.zeros((count, shape.pairs), bool),
+    }
+    for i, group in enumerate(groups):
+        token = label = pair = branch = 0
+        for place, row in enumerate(group):
+            at = slice(token, token + len(row.tokens))
+            out["tokens"][i, at] = row.tokens
+            out["positions"][i, at] = row.positions
+            out["branches"][i, at] = row.branches + place * ROW
+            at = slice(label, label + len(row.labels))
+            out["predecessors"][i, at] = row.predecessors + token
+            out["labels"][i, at] = row.labels
+            out["label_branches"][i, at] = row.label_branches + branch
+            at = slice(pair, pair + len(row.pairs))
+            out["pairs"][i, at] = row.pairs + branch
+            out["pair_mask"][i, at] = True
+            token, label = token + len(row.tokens), label + len(row.labels)
+            pair, branch = pair + len(row.pairs), branch + len(row.responses)
+            if len(row.responses) >= ROW:
+                raise UserError(f"record {row.id!r} has {len(row.responses)} responses; a row holds {ROW - 1}")
+    return out
+
+
+def make_shape(sequences: int, sizes: Sequence[Int[np.ndarray, "6"]]) -> Shape:
+    """The shape that holds sequences of these sizes (plan.SIZES, summed over a sequence's rows)."""
+    tokens, labels, pair_count, images, branches, _ = np.max(sizes, axis=0).tolist()
+    return Shape(
+        sequences,
+        bucket(tokens),
+        bucket(labels),
+        pairs=round_up(max(pair_count, 1), 6),
+        images=images,
+        branches=round_up(max(branches, 1), 4),
+    )
 
 
 def decode_images(
-    rows: Sequence[Row | None], size: int, wanted: Bool[np.ndarray, "R"] | None = None
-) -> dict[str, UInt8[np.ndarray, "R M S S 3"]]:
-    """`images` for the model: each row's own, filled up with black; nothing where no row has an image.
+    groups: Sequence[Sequence[Row]], most: int, size: int, wanted: Bool[np.ndarray, "G"] | None = None
+) -> dict[str, UInt8[np.ndarray, "G M S S 3"]]:
+    """`images` for the model: each sequence's own, filled up to `most` with black; nothing where there are none.
 
-    `wanted` says which rows' pixels this host needs (None: all).
+    `wanted` says which sequences' pixels this host needs (None: all).
     """
-    most = max((len(row.images) for row in rows if row), default=0)
     if not most:
         return {}
-    pixels = np.zeros((len(rows), most, size, size, 3), np.uint8)
-    for i, row in enumerate(rows):
-        if row is None or not (wanted is None or wanted[i]):
+    pixels = np.zeros((len(groups), most, size, size, 3), np.uint8)
+    for i, group in enumerate(groups):
+        if wanted is not None and not wanted[i]:
             continue
-        for j, data in enumerate(row.images):
-            try:
-                pixels[i, j] = read_image(data, size)
-            except UserError as e:
-                raise UserError(f"corpus record {row.id!r}, image {j + 1}: {e}; import the corpus anew") from None
+        for j, (row, number, data) in enumerate((r, n, d) for r in group for n, d in enumerate(r.images, 1)):
+            pixels[i, j] = read_image(data, size, name=f"corpus record {row.id!r}, image {number}")
     return {"images": pixels}
-
-
-def _cut(row: Row) -> str:
-    of_responses = sum(row.dropped_responses)
-    return f"left out {row.dropped_prompt} tokens of the prompt and {of_responses} of the responses"
-
-
-def collate(rows: Sequence[Row | None], pad: int) -> Arrays:
-    """Rows padded to common lengths, [R, ...]; None is an empty row, which no loss sees.
-
-    Lengths are rounded up to few sizes, so that few shapes are compiled.
-    """
-    present = [row for row in rows if row is not None]
-    length = bucket(max((len(row.tokens) for row in present), default=1))
-    labels = bucket(max((len(row.labels) for row in present), default=1))
-    pair_count = -(-max([1, *(len(row.pairs) for row in present)]) // 6) * 6
-    count = len(rows)
-    out: Arrays = {
-        "tokens": np.full((count, length), pad, np.int32),
-        "positions": np.zeros((count, length), np.int32),
-        "branches": np.full((count, length), PADDING, np.int32),
-        "predecessors": np.zeros((count, labels), np.int32),
-        "labels": np.zeros((count, labels), np.int32),
-        "label_branches": np.zeros((count, labels), np.int32),
-        "pairs": np.zeros((count, pair_count, 2), np.int32),
-        "pair_mask": np.zeros((count, pair_count), bool),
-    }
-    for i, row in enumerate(rows):
-        if row is None:
-            continue
-        for name in ("tokens", "positions", "branches", "predecessors", "labels", "label_branches", "pairs"):
-            values = getattr(row, name)
-            out[name][i, : len(values)] = values
-        out["pair_mask"][i, : len(row.pairs)] = True
-    return out
 
 
 def bucket(n: int) -> int:
     """The next of 64, 128, 192, 256, 384, 512, 640, ..."""
-    step = 64 if n <= 256 else 128
-    return -(-n // step) * step
+    return round_up(max(n, 1), 64 if n <= 256 else 128)
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

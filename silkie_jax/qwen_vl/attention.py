@@ -7,11 +7,12 @@ from jaxtyping import Array, Bool, Float, Int
 from silkie_jax.qwen_vl.lora import precision
 
 PADDING = -1  # the branch of a padding token
-PROMPT = 0  # the branch of the prompt; responses are 1..K
+PROMPT = 0  # the branch of the prompt; responses are 1..63
+ROW = 64  # rows that are packed one after the other in one sequence add 0, 64, 128, ... to their branches
 
 
 def branch_mask(branches: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """Who sees whom: a token sees the prompt and its own branch, up to itself.
+    """Who sees whom: a token sees its row's prompt and its own branch, up to itself.
 
     `branches` is 0 for the prompt, k for response k, -1 for padding. With b = [0 0 1 1 2 -1]:
 
@@ -21,14 +22,15 @@ def branch_mask(branches: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
         branch 1      x x x
         branch 1      x x x x
         branch 2      x x . . x         branch 2 does not see branch 1
-        padding       x x . . . .       never seen, and what it sees does not matter
+        padding       . . . . . .       never seen, and what comes of it does not matter
 
-    One sequence is the special case of zeros: the causal mask. Padding may stand on either side.
+    One sequence is the special case of zeros: the causal mask. Padding may stand on either side. In a packed sequence,
+    [0 0 1 | 64 64 65], the second row (prompt 64, branch 65) does not see the first.
     """
     query, key = branches[:, :, None], branches[:, None, :]
     index = jnp.arange(branches.shape[1])
     causal = index[:, None] >= index[None, :]
-    return causal & (key != PADDING) & ((key == PROMPT) | (key == query))
+    return causal & (key != PADDING) & ((key == query) | (key == query - query % ROW))
 
 
 def attention(

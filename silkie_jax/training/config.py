@@ -6,17 +6,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from silkie_jax.errors import UserError
 from silkie_jax.preference.losses import LossOptions, check_loss
 
 OBJECTIVES = ("dpo", "sft")
-REFERENCES = ("adapter_off", "copy")
+REFERENCES = ("adapter_off", "copy", "precomputed")
 VISION = ("none", "resampler", "all")
 SCHEDULES = ("cosine", "linear", "constant")
 REMAT = ("full", "dots", "none")
+ON_NONFINITE = ("stop", "skip")
 DTYPES = ("bfloat16", "float32")
 
 
@@ -71,6 +72,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     batch_rows: int = 16  # instructions that go through the model at once, over all devices
     accumulate: int = 1  # such batches for one update
+    batch_pairs: int | None = None  # most pairs of an update; rows that would exceed it wait for the next one
+    pack: int | None = None  # tokens up to which short rows are packed into one sequence; null: a row a sequence
     epochs: float | None = None  # None: 3, unless `steps` is given
     steps: int | None = None
     max_length: int = 2048  # tokens of prompt and one response
@@ -79,6 +82,7 @@ class TrainConfig:
     dtype: str = "bfloat16"  # of computation and of frozen weights; what is trained is kept in float32
     remat: str = "full"  # what the backward pass computes again: every layer, all but its matmuls, nothing
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    on_nonfinite: str = "stop"  # at a gradient that is not finite: stop, or skip the update and count it
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     evaluate_every: int = 100
@@ -93,11 +97,22 @@ class TrainConfig:
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
-    """Reads YAML, applies `key=value` overrides, fills in what depends on other keys, and checks everything.
+    """Reads YAML over the file that its `extends` names, applies `key=value` overrides, and checks everything.
+
+    What depends on other keys is filled in.
 
     Raises:
       UserError: one line that names the key and the mend.
     """
+    given = _read_yaml(Path(path))
+    for item in overrides:
+        if "=" not in item:
+            raise UserError(f"{item!r} is not an override; write key=value")
+    return make_config(OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides))), where=str(path))
+
+
+def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
+    """A YAML file over the one that its `extends` names, if it has one (a path from its own folder)."""
     try:
         given = OmegaConf.load(path)
     except FileNotFoundError:
@@ -106,12 +121,17 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise UserError(f"{path}: cannot be read ({e})") from None
     except Exception as e:  # yaml's own errors span several lines
         raise UserError(f"{path}: not valid YAML ({' '.join(str(e).split())})") from None
-    for item in overrides:
-        if "=" not in item:
-            raise UserError(f"{item!r} is not an override; write key=value")
-    if not OmegaConf.is_dict(given):
+    if not isinstance(given, DictConfig):
         raise UserError(f"{path}: expected keys and values")
-    return make_config(OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides))), where=str(path))
+    base = given.pop("extends", None)
+    if base is None:
+        return given
+    chain = (*above, path.resolve())
+    if (path.parent / base).resolve() in chain:
+        raise UserError(f"{path}: extends {base}, which extends it")
+    merged = OmegaConf.merge(_read_yaml(path.parent / base, chain), given)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def make_config(given: Any, where: str = "config") -> TrainConfig:
@@ -171,8 +191,13 @@ def _check(config: TrainConfig, where: str) -> None:
     one_of("optimizer.schedule", config.optimizer.schedule, SCHEDULES)
     one_of("dtype", config.dtype, DTYPES)
     one_of("remat", config.remat, REMAT)
+    one_of("on_nonfinite", config.on_nonfinite, ON_NONFINITE)
     for key in ("batch_rows", "accumulate", "checkpoint_every", "keep_checkpoints", "evaluate_every", "log_every"):
         need(getattr(config, key) >= 1, f"{key} must be at least 1, not {getattr(config, key)}")
+    for key in ("batch_pairs", "pack"):
+        value = getattr(config, key)
+        need(value is None or value >= 1, f"{key} must be at least 1, or null, not {value}")
+    need(config.batch_pairs is None or config.objective == "dpo", "batch_pairs has no meaning in objective sft")
     need(config.workers >= 1, f"workers must be at least 1, not {config.workers}")
     need(config.epochs is None or config.steps is None, "epochs and steps are both set; keep one")
     need(config.epochs is None or config.epochs > 0, f"epochs must be positive, not {config.epochs}")
@@ -226,7 +251,7 @@ def save_config(config: TrainConfig, path: Path) -> None:
 
 # Keys that may differ between the parts of one run: they do not change what is computed.
 _FREE = re.compile(
-    r"^(run_dir|workers|log_every|evaluate_every|checkpoint_every|keep_checkpoints|wandb|mesh\..*|remat)$"
+    r"^(run_dir|workers|log_every|evaluate_every|checkpoint_every|keep_checkpoints|on_nonfinite|wandb|mesh\..*|remat)$"
 )
 
 

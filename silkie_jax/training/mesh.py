@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from silkie_jax.errors import UserError
-from silkie_jax.training.config import MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -18,20 +18,22 @@ RULES: dict[str | None, str] = {
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
+    "rank": "fsdp",
 }
 BATCH = ("data", "fsdp")  # rows are split over both
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (all of them by default), axes data x fsdp x tensor.
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (all of them by default), axes data x fsdp x tensor; -1 takes what the others leave.
 
-    A mesh smaller than the machine uses the first devices, if it divides their number.
+    A mesh smaller than the machine uses the first devices, if it divides their number. On several TPU slices the data
+    axis runs over the slices, since only it can bear the slower network between them.
 
     Raises:
       UserError: the sizes do not fit the devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = [data, fsdp, tensor]
     written = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
     fixed = math.prod(s for s in sizes if s != -1)
     if len(devices) % fixed:
@@ -40,15 +42,29 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     used = math.prod(sizes)
     if used < len(devices) and jax.process_count() > 1:
         raise UserError(f"mesh {written} uses {used} of {len(devices)} devices; on several hosts it must use all")
-    return Mesh(np.asarray(devices[:used]).reshape(sizes), AXES)
+    if used < len(devices) or devices[0].platform == "cpu":
+        return Mesh(np.asarray(devices[:used]).reshape(sizes), AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(sizes, devices)
+    elif sizes[0] % slices:
+        raise UserError(f"mesh {written}: data must be a multiple of the {slices} slices")
+    else:
+        across = (slices, 1, 1)
+        within = [sizes[0] // slices, *sizes[1:]]
+        grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+    return Mesh(grid, AXES)
 
 
 def sharding_of(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
-    """Where an array with these logical axes lies. A dimension that its mesh axis does not divide is replicated."""
-    spec = []
+    """Where an array with these logical axes lies.
+
+    A dimension that its mesh axis does not divide is replicated; of two that want one mesh axis the first gets it.
+    """
+    spec: list[str | None] = []
     for axis, size in zip(axes, shape, strict=True):
         name = RULES.get(axis)
-        spec.append(name if name and size % mesh.shape[name] == 0 else None)
+        spec.append(name if name and name not in spec and size % mesh.shape[name] == 0 else None)
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 

@@ -1,6 +1,7 @@
 """Where metrics go: the terminal, metrics.jsonl, TensorBoard, and wandb where it is asked for."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +37,8 @@ class MetricsWriter:
         """Logs the values of one step everywhere."""
         if not self.active:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)

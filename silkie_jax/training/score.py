@@ -7,18 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from silkie_jax.corpus import CorpusReader, Record
 from silkie_jax.errors import UserError
-from silkie_jax.loading import load
-from silkie_jax.preference.batches import collate, decode_images
-from silkie_jax.preference.rows import Row, RowTooLong, make_row
+from silkie_jax.preference.rows import Row, RowTooLong
 from silkie_jax.qwen_vl.tokenizer import Tokenizer
-from silkie_jax.training.step import block_wrapper, branch_count, response_logps
+from silkie_jax.qwen_vl.weights import load_model
+from silkie_jax.training.mesh import make_mesh, sharding_of
+from silkie_jax.training.scorer import Scored, Scorer
 
 
 def score(
@@ -46,24 +43,25 @@ def score(
     about |= {"dtype": dtype, "max_length": max_length}
     part = out.with_name(out.name + ".part")
     done = _records_done(part, about)
-    model, tokenizer = load(model_path, dtype=dtype, adapter=adapter)
-    forward = make_forward(model)
+    mesh = make_mesh()
+    tokenizer = Tokenizer.from_folder(model_path)
+    model = load_model(model_path, dtype=dtype, adapter=adapter, sharding_of=partial(sharding_of, mesh))
+    scorer = Scorer(model, tokenizer, mesh, batch_rows=batch_rows, max_length=max_length)
     cut = left_out = 0
+    at_once = AT_ONCE * scorer.rows
     with (
         part.open("a", encoding="utf-8") as file,
         tqdm(total=len(corpus), initial=done, desc="score", unit="row") as bar,
     ):
         if not file.tell():
             file.write(json.dumps(about) + "\n")
-        for first in range(done, len(corpus), batch_rows):
-            records = corpus.batch(range(first, min(first + batch_rows, len(corpus))))
-            rows = [_row(tokenizer, record, max_length) for record in records]
-            logps = _logps(forward, [r if isinstance(r, Row) else None for r in rows], model, batch_rows)
-            for record, row, values in zip(records, rows, logps, strict=True):
-                lines = list(_lines(record, row, values))
-                cut += isinstance(row, Row) and row.truncated
-                left_out += isinstance(row, RowTooLong)
-                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines) + _END + "\n")
+        for first in range(done, len(corpus), at_once):
+            records = corpus.batch(range(first, min(first + at_once, len(corpus))))
+            for record, scored in zip(records, scorer(records), strict=True):
+                cut += isinstance(scored.row, Row) and scored.row.truncated
+                left_out += isinstance(scored.row, RowTooLong)
+                lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(record, scored))
+                file.write("".join(lines) + _END + "\n")
             file.flush()
             bar.update(len(records))
     _finish(part, out)
@@ -71,47 +69,17 @@ def score(
         print(f"max_length {max_length}: {cut} rows were cut and {left_out} left out")
 
 
+AT_ONCE = 16  # batches whose rows are sorted by length together
 _END = "{}"  # in FILE.part, the line after each record: what follows the last one was cut off
 
 
-def make_forward(model: nnx.Module) -> Any:
-    """Compiled: (arrays [B, ...], branches) -> log-probabilities [B, K]."""
-    graph, state = nnx.split(model)
-
-    @partial(jax.jit, static_argnames="branches")
-    def forward(state: nnx.State, batch: dict[str, jax.Array], branches: int) -> jax.Array:
-        policy = nnx.merge(graph, state)
-        wrap = block_wrapper("none", None)
-        features = policy.encode_images(batch["images"]) if "images" in batch else None
-        return response_logps(policy, batch, features, branches=branches, adapter=True, wrap=wrap)
-
-    return partial(forward, state)
-
-
-def _row(tokenizer: Tokenizer, record: Record, max_length: int) -> Row | RowTooLong | None:
-    if not record.responses:
-        return None
-    try:
-        return make_row(tokenizer, record, responses=range(len(record.responses)), max_length=max_length)
-    except RowTooLong as e:
-        return e
-
-
-def _logps(forward: Any, rows: list[Row | None], model: Any, batch_rows: int) -> np.ndarray:
-    padded = rows + [None] * (batch_rows - len(rows))
-    arrays = collate(padded, model.config.end_of_text)
-    arrays |= decode_images(padded, model.config.visual.image_size)
-    most = branch_count(int(arrays["label_branches"].max()))
-    return np.asarray(forward(arrays, branches=most))[: len(rows)]
-
-
-def _lines(record: Record, row: Row | RowTooLong | None, values: np.ndarray) -> Iterator[dict[str, Any]]:
+def _lines(record: Record, scored: Scored) -> Iterator[dict[str, Any]]:
     for i in range(len(record.responses)):
-        if isinstance(row, Row):
-            tokens = int((row.label_branches == i + 1).sum())
-            yield {"id": record.id, "response": i, "logp": float(values[i]), "tokens": tokens}
+        if isinstance(scored.row, Row):
+            tokens = int((scored.row.label_branches == i + 1).sum())
+            yield {"id": record.id, "response": i, "logp": float(scored.logps[i]), "tokens": tokens}
         else:
-            yield {"id": record.id, "response": i, "logp": None, "tokens": 0, "error": str(row)}
+            yield {"id": record.id, "response": i, "logp": None, "tokens": 0, "error": str(scored.row)}
 
 
 def _records_done(part: Path, about: dict[str, Any]) -> int:

@@ -20,12 +20,11 @@ from silkie_jax.training.mesh import batch_sharding
 
 Arrays = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
-BRANCHES = 4  # branch counts are padded to multiples of this
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is minimised. `reference` is adapter_off, copy, or None for supervised fine-tuning."""
+    """What is minimised. `reference` is adapter_off, copy, precomputed, or None for supervised fine-tuning."""
 
     loss: str = "sigmoid"
     options: LossOptions = dataclasses.field(default_factory=LossOptions)
@@ -51,13 +50,21 @@ _FIXED = ("visual", "attn_pool", "pos_embed")  # a table of sines: the official 
 
 
 def response_logps(
-    model: QwenVL, batch: Arrays, features: Array | None, *, branches: int, adapter: bool, wrap: Callable
+    model: QwenVL,
+    batch: Arrays,
+    features: Array | None,
+    *,
+    branches: int,
+    adapter: bool,
+    wrap: Callable,
+    frozen_head: bool = False,
 ) -> Float[Array, "B K"]:
     """Summed log-probability of each branch's labels, in training mode."""
     hidden = model.hidden(
         batch["tokens"], batch["positions"], batch["branches"], features, train=True, adapter=adapter, wrap=wrap
     )
-    logps = token_logprobs(hidden, batch["predecessors"], batch["labels"], model.language.logits)
+    head = model.language.lm_head.weight[...]
+    logps = token_logprobs(hidden, batch["predecessors"], batch["labels"], head, frozen_head=frozen_head)
     return branch_sums(logps, batch["label_branches"], branches)
 
 
@@ -80,11 +87,6 @@ def block_wrapper(remat: str, mesh: Mesh | None) -> Callable:
     return wrap
 
 
-def branch_count(most: int) -> int:
-    """Branches to compute for rows of at most `most`: few different numbers, so that few shapes are compiled."""
-    return -(-max(most, 1) // BRANCHES) * BRANCHES
-
-
 class Step:
     """Compiled training and evaluation of one model under one objective on one mesh."""
 
@@ -93,13 +95,16 @@ class Step:
         graph: nnx.GraphDef,
         objective: Objective,
         optimizer: optax.GradientTransformation,
+        schedule: optax.Schedule,
         *,
         mesh: Mesh | None = None,
         vision_trained: bool = False,
+        head_trained: bool = False,
         shardings: tuple[Any, Any] | None = None,
     ):
-        self.graph, self.objective, self.optimizer, self.mesh = graph, objective, optimizer, mesh
-        self.vision_trained = vision_trained
+        self.graph, self.objective, self.mesh = graph, objective, mesh
+        self.optimizer, self.schedule = optimizer, schedule
+        self.vision_trained, self.head_trained = vision_trained, head_trained
         # The new state lies where the old one lay: its memory is reused and the next step compiles to the same program.
         out = None if shardings is None else (*shardings, None)
         self.train = jax.jit(self._train, static_argnames="branches", donate_argnums=(0, 1), out_shardings=out)
@@ -129,9 +134,16 @@ class Step:
         shapes = jax.eval_shape(partial(self._loss, branches=branches), trainable, frozen, reference, first, total)[1]
         sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         (grads, sums), _ = jax.lax.scan(accumulate, (zeros, sums), batch)
-        updates, optimizer = self.optimizer.update(grads, optimizer, trainable)
-        metrics = self._metrics(sums, total) | {"grad_norm": optax.global_norm(grads)}
-        return optax.apply_updates(trainable, updates), optimizer, metrics
+        norm = optax.global_norm(grads)
+        updates, changed = self.optimizer.update(grads, optimizer, trainable)
+        # A step that is not finite changes nothing: whoever reads the flag may stop late, or go on.
+        finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
+        done = optax.tree_utils.tree_get_all_with_path(optimizer, "count")[0][1]
+        new = (optax.apply_updates(trainable, updates), changed)
+        trainable, optimizer = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (trainable, optimizer))
+        metrics = self._metrics(sums, total)
+        metrics |= {"grad_norm": norm, "learning_rate": jnp.asarray(self.schedule(done), jnp.float32)}
+        return trainable, optimizer, metrics | {"skipped": (~finite).astype(jnp.float32)}
 
     def _evaluate(
         self,
@@ -168,22 +180,26 @@ class Step:
         The images are encoded once; the reference sees the same features unless the tower itself is trained.
         """
         wrap = block_wrapper(self.objective.remat, self.mesh)
+        logps_of = partial(response_logps, branches=branches, wrap=wrap, frozen_head=not self.head_trained)
         policy: QwenVL = nnx.merge(self.graph, trainable, frozen)
         images = rows.get("images")
         features = None if images is None else policy.encode_images(images, wrap)
-        logps = response_logps(policy, rows, features, branches=branches, adapter=True, wrap=wrap)
+        logps = logps_of(policy, rows, features, adapter=True)
         if self.objective.reference is None:
             loss = -logps.sum() / total  # cross-entropy, the mean over labelled tokens
             return loss, {"loss": loss}
 
-        base = policy
-        if reference is not None:
-            base = nnx.merge(self.graph, reference, frozen)
-            if self.vision_trained and images is not None:
-                features = base.encode_images(images, wrap)
-        base_logps = jax.lax.stop_gradient(
-            response_logps(base, rows, features, branches=branches, adapter=reference is not None, wrap=wrap)
-        )
+        match self.objective.reference:
+            case "precomputed":
+                base_logps = rows["reference_logps"]
+            case "adapter_off":
+                base_logps = logps_of(policy, rows, features, adapter=False)
+            case _:
+                base = nnx.merge(self.graph, reference, frozen)
+                if self.vision_trained and images is not None:
+                    features = base.encode_images(images, wrap)
+                base_logps = logps_of(base, rows, features, adapter=True)
+        base_logps = jax.lax.stop_gradient(base_logps)
         tokens = branch_sums(jnp.ones(rows["labels"].shape), rows["label_branches"], branches)
         pairs, valid = make_pairs(logps, base_logps, tokens, rows["pairs"]), rows["pair_mask"].reshape(-1)
 

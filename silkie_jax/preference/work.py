@@ -1,0 +1,37 @@
+"""What rows hold, counted without padding: the unit of throughput and of FLOP formulas."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Rows, their tokens, (query, key) pairs that may see each other, labelled tokens, images, and pairs to compare."""
+
+    rows: int = 0
+    tokens: int = 0
+    visible: int = 0
+    labels: int = 0
+    images: int = 0
+    pairs: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def __mul__(self, times: int) -> "Work":
+        return Work(*(times * a for a in dataclasses.astuple(self)))
+
+
+def row_work(prompt: int, responses: Sequence[int], labels: int, images: int = 1, pairs: int = 0) -> Work:
+    """A row with a prompt and responses of these lengths."""
+    visible = prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in responses)
+    return Work(1, prompt + sum(responses), visible, labels, images, pairs)
+
+
+def response_lengths(branches: Int[np.ndarray, "T"]) -> tuple[int, list[int]]:
+    """(prompt, responses) lengths of one row, from its branches."""
+    prompt, *responses = np.bincount(branches).tolist()
+    return prompt, responses

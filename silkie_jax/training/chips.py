@@ -1,0 +1,41 @@
+"""What accelerators can do, by their makers' data sheets: the ceilings of forecasts and of utilisation."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device of JAX.
+
+    bf16: dense bfloat16 FLOP/s. memory: bytes. bandwidth: bytes/s of that memory. link: bytes/s that one chip can send
+    to its neighbours over the fast interconnect (one direction).
+    """
+
+    name: str
+    bf16: float
+    memory: float
+    bandwidth: float
+    link: float
+    source: str
+
+
+_TPU = "Cloud TPU documentation, system architecture of "
+_NVIDIA = "NVIDIA data sheet of "
+# Google gives interconnect in Gbit/s a chip, both directions; NVIDIA gives NVLink in bytes/s, both directions.
+CHIPS = (
+    Chip("TPU v4", 275e12, 32 * 2**30, 1228e9, 2400e9 / 8 / 2, _TPU + "v4"),
+    Chip("TPU v5 lite", 197e12, 16 * 2**30, 819e9, 1600e9 / 8 / 2, _TPU + "v5e"),
+    Chip("TPU v5", 459e12, 95 * 2**30, 2765e9, 4800e9 / 8 / 2, _TPU + "v5p"),
+    Chip("TPU v6 lite", 918e12, 32 * 2**30, 1640e9, 3584e9 / 8 / 2, _TPU + "v6e"),
+    Chip("A100", 312e12, 80e9, 2039e9, 300e9, _NVIDIA + "the A100 80GB SXM"),
+    Chip("H100", 989e12, 80e9, 3350e9, 450e9, _NVIDIA + "the H100 SXM"),
+    Chip("H200", 989e12, 141e9, 4800e9, 450e9, _NVIDIA + "the H200 SXM"),
+)
+
+
+def find_chip(device_kind: str) -> Chip | None:
+    """The chip that JAX calls `device_kind`; None for one that is not listed (such as a CPU)."""
+    exact = [chip for chip in CHIPS if chip.name == device_kind]
+    # "TPU v5p" and "NVIDIA H100 80GB HBM3" name more than the table does.
+    named = [chip for chip in CHIPS if chip.name in device_kind]
+    return (exact or sorted(named, key=lambda chip: -len(chip.name)) or [None])[0]

@@ -1,0 +1,110 @@
+"""A run's batches: the corpus, what of it the pair rule and the lengths leave, and what is held out."""
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Bool, Int
+
+from silkie_jax.corpus import CorpusReader, split
+from silkie_jax.corpus.pairs import check_rule
+from silkie_jax.errors import UserError
+from silkie_jax.preference.batches import BatchSource, ReferenceLogps, RowOptions
+from silkie_jax.preference.plan import SIZES, TOO_LONG, UNUSABLE, Plan, measure
+from silkie_jax.qwen_vl.config import QwenVLConfig
+from silkie_jax.qwen_vl.tokenizer import Tokenizer
+from silkie_jax.training.config import TrainConfig
+from silkie_jax.training.mesh import batch_sharding, batch_shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """Records that training does not see, or not whole."""
+
+    unusable: int  # without a pair under the rule
+    too_long: list[str]  # ids whose images leave no room for a response
+    cut: dict[str, int]  # id -> tokens left out
+
+    def write(self, path: Path) -> None:
+        """Lists them, one JSON object a line."""
+        lines = [{"id": i, "what": "left out: images and prompt exceed max_length"} for i in self.too_long]
+        lines += [{"id": i, "what": f"cut: {n} tokens beyond max_length left out"} for i, n in self.cut.items()]
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+    def __str__(self) -> str:
+        parts = [f"{self.unusable} without a pair"] if self.unusable else []
+        parts += [f"{len(self.too_long)} too long"] if self.too_long else []
+        parts += [f"{len(self.cut)} cut to max_length"] if self.cut else []
+        return ", ".join(parts) or "nothing left out"
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The batches of training, and of the held-out instructions where there are any."""
+
+    train: BatchSource
+    evaluation: BatchSource | None
+    skipped: Skipped
+    options: RowOptions
+
+
+def row_options(config: TrainConfig, corpus: CorpusReader) -> RowOptions:
+    """The rule and limits of rows. Without a rule: mean_rating, or the given pairs of a corpus without ratings."""
+    rule = config.pair_rule or ("mean_rating" if corpus.aspects else "given")
+    check_rule(rule, corpus.aspects)
+    return RowOptions(rule, config.objective, config.max_length, config.max_prompt_length)
+
+
+def open_data(
+    config: TrainConfig, mesh: Mesh, corpus: CorpusReader, tokenizer: Tokenizer, reference: ReferenceLogps | None
+) -> Data:
+    """Holds the evaluation split out and keeps the records that the rule gives something to train on.
+
+    Raises:
+      UserError: nothing is left.
+    """
+    options = row_options(config, corpus)
+    sizes = measure(corpus, partial(options.row, tokenizer), options.key(corpus, tokenizer), config.workers)
+    usable = sizes[:, 0] > TOO_LONG
+    train, held = (some[usable[some]] for some in split(corpus.index, config.evaluation_fraction, config.seed))
+    skipped = _skipped(corpus, sizes)
+    if not len(train):
+        raise UserError(f"corpus {config.corpus}: no record to train on under pair_rule {options.rule!r} ({skipped})")
+    make = partial(
+        BatchSource,
+        corpus,
+        tokenizer=tokenizer,
+        options=options,
+        image_size=QwenVLConfig.from_folder(config.model).visual.image_size,
+        rows=config.batch_rows,
+        shards=batch_shards(mesh),
+        local=partial(local_sequences, mesh),
+        pack=config.pack,
+        reference=reference,
+    )
+    plan = Plan(sizes[train], config.batch_rows * config.accumulate, config.batch_pairs, config.seed)
+    evaluation = None
+    if len(held):
+        evaluation = make(held, Plan(sizes[held], config.batch_rows, seed=None))
+    return Data(make(train, plan, accumulate=config.accumulate), evaluation, skipped, options)
+
+
+def _skipped(corpus: CorpusReader, sizes: Int[np.ndarray, "R 6"]) -> Skipped:
+    tokens, cut = sizes[:, 0], sizes[:, SIZES.index("cut")]
+    ids = [row.id for row in corpus.index]
+    return Skipped(
+        unusable=int((tokens == UNUSABLE).sum()),
+        too_long=[ids[i] for i in np.flatnonzero(tokens == TOO_LONG)],
+        cut={ids[i]: int(cut[i]) for i in np.flatnonzero((tokens > TOO_LONG) & (cut > 0))},
+    )
+
+
+def local_sequences(mesh: Mesh, count: int) -> Bool[np.ndarray, "B"]:
+    """Which of `count` sequences lie on this host's devices."""
+    local = np.zeros(count, bool)
+    for (index,) in batch_sharding(mesh).addressable_devices_indices_map((count,)).values():
+        local[index] = True
+    return local

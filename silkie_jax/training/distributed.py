@@ -1,0 +1,83 @@
+"""Starting JAX on several hosts, and stopping all of them together."""
+
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+from silkie_jax.errors import UserError
+
+HEARTBEAT_SECONDS = 60  # a host that is silent for so long is dead; the others then stop with a message that says so
+
+
+def start(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Joins this process to the others, before JAX touches a device. Does nothing where there is only one.
+
+    With an explicit `coordinator` (HOST:PORT of process 0) all three are needed. Otherwise they are taken from what
+    started the job: Slurm, Open MPI or a TPU pod (Google Cloud or GKE).
+
+    Raises:
+      UserError: an incomplete or wrong explicit address, or the other processes did not come.
+    """
+    import jax
+
+    if coordinator is None:
+        if processes is not None or process is not None:
+            raise UserError("--processes and --process need --coordinator HOST:PORT")
+        if not _in_cluster():
+            return
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        return
+    if processes is None or process is None or not 0 <= process < processes:
+        raise UserError("--coordinator needs --processes N and --process K with 0 <= K < N")
+    try:
+        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    except (RuntimeError, ValueError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise UserError(f"--coordinator {coordinator}: the {processes} processes did not meet ({reason})") from None
+
+
+def _in_cluster() -> bool:
+    """Whether something started several processes of this job."""
+    if any(int(os.environ.get(name, "1") or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")):
+        # `salloc` sets SLURM_NTASKS in the shell too, where nothing has numbered this process.
+        return any(name in os.environ for name in ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK"))
+    return (
+        len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+    )
+
+
+class StopRequest:
+    """Turns SIGTERM and the first Ctrl-C into a stop after the step under way, with a checkpoint.
+
+    On several hosts a SIGTERM to any of them stops all at the same step: JAX's coordination service passes it on.
+    """
+
+    def __init__(self) -> None:
+        import jax
+
+        self._alone = jax.process_count() == 1
+        self._asked = False
+        self._before: dict[int, Any] = {}
+
+    def asked(self, step: int) -> bool:
+        """Whether to stop after this step; every host must ask at every step."""
+        if self._alone:
+            return self._asked
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    def __enter__(self) -> "StopRequest":
+        if self._alone:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        self._asked = True
+        signal.signal(signal.SIGINT, self._before[signal.SIGINT])  # a second Ctrl-C stops at once

@@ -1,0 +1,244 @@
+"""The policy of a run, split into what is trained and what is only read, and its compiled step on a mesh.
+
+`Program` needs no arrays, only shapes: the same one runs a training and is compiled ahead of time for a pod.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from silkie_jax.errors import UserError
+from silkie_jax.preference.batches import Batch, Shape
+from silkie_jax.qwen_vl.config import QwenVLConfig
+from silkie_jax.qwen_vl.lora import add_lora, linears
+from silkie_jax.qwen_vl.model import QwenVL
+from silkie_jax.qwen_vl.names import leaves
+from silkie_jax.qwen_vl.peft import open_adapter
+from silkie_jax.qwen_vl.weights import load_model
+from silkie_jax.training.config import LoraConfig, TrainConfig
+from silkie_jax.training.mesh import batch_sharding, replicated, sharding_of
+from silkie_jax.training.step import (
+    Objective,
+    Step,
+    decay_mask,
+    make_optimizer,
+    make_schedule,
+    trainable_filter,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a step reads and changes: arrays, or their shapes and shardings."""
+
+    trainable: nnx.State
+    optimizer: optax.OptState
+    frozen: nnx.State
+    reference: nnx.State | None  # the starting values of `trainable`, where the reference is a copy
+
+
+class Program:
+    """The compiled side of a run. Shapes are enough: without a `policy` the one that `config` describes is meant."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model_config: QwenVLConfig,
+        mesh: Mesh,
+        steps: int,
+        policy: QwenVL | None = None,
+    ):
+        self.config, self.model_config, self.mesh, self.steps = config, model_config, mesh, steps
+        o = config.optimizer
+        self.schedule = make_schedule(o.schedule, o.learning_rate, steps, o.warmup_ratio or 0.0)
+        self.optimizer = make_optimizer(
+            self.schedule,
+            beta1=o.beta1,
+            beta2=o.beta2,
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+            clip_norm=o.clip_norm,
+            decayed=decay_mask,
+        )
+        blank = nnx.eval_shape(partial(_blank_policy, config, model_config)) if policy is None else policy
+        self.graph, trainable, frozen = self._split(blank)
+        trainable, frozen = self._placed(trainable, jnp.float32), self._placed(frozen, jnp.dtype(config.dtype))
+        where = jax.tree.map(lambda x: x.sharding, trainable)
+        shapes = jax.eval_shape(self.optimizer.init, trainable)
+        self._optimizer_where = optax.tree_utils.tree_map_params(
+            self.optimizer, lambda _, s: s, shapes, where, transform_non_params=lambda _: replicated(mesh)
+        )
+        self.shapes = State(
+            trainable,
+            jax.tree.map(_with_sharding, shapes, self._optimizer_where),
+            frozen,
+            trainable if config.reference == "copy" else None,
+        )
+        self.step = Step(
+            self.graph,
+            Objective(config.loss, config.loss_options, config.reference, config.remat),
+            self.optimizer,
+            self.schedule,
+            mesh=mesh,
+            vision_trained=config.train_vision != "none",
+            head_trained=config.lora is None,
+            shardings=(where, self._optimizer_where),
+        )
+
+    def _split(self, model: QwenVL) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+        """(structure, trained, frozen) of a policy."""
+        chosen = trainable_filter(lora=self.config.lora is not None, train_vision=self.config.train_vision)
+        return nnx.split(model, chosen, ...)
+
+    def start(self, policy: QwenVL) -> State:
+        """The state that training starts from. What is trained is kept in float32, whatever it is computed in."""
+        _, trainable, frozen = self._split(policy)
+        trainable = jax.tree.map(_cast_and_place, trainable, self.shapes.trainable)
+        frozen = jax.tree.map(_cast_and_place, frozen, self.shapes.frozen)
+        reference = jax.tree.map(jnp.copy, trainable) if self.config.reference == "copy" else None
+        optimizer = jax.jit(self.optimizer.init, out_shardings=self._optimizer_where)(trainable)
+        return State(trainable, optimizer, frozen, reference)
+
+    def batch_shapes(self, shape: Shape) -> dict[str, jax.ShapeDtypeStruct]:
+        """A batch of this shape as the step takes it."""
+        side = self.model_config.visual.image_size
+        sizes: dict[str, tuple[tuple[int, ...], Any]] = {
+            **dict.fromkeys(("tokens", "positions", "branches"), ((shape.tokens,), jnp.int32)),
+            **dict.fromkeys(("predecessors", "labels", "label_branches"), ((shape.labels,), jnp.int32)),
+            "pairs": ((shape.pairs, 2), jnp.int32),
+            "pair_mask": ((shape.pairs,), jnp.bool_),
+        }
+        if shape.images:
+            sizes["images"] = ((shape.images, side, side, 3), jnp.uint8)
+        if self.config.reference == "precomputed":
+            sizes["reference_logps"] = ((shape.branches,), jnp.float32)
+        lead = (self.config.accumulate, shape.sequences)
+        where = batch_sharding(self.mesh, leading=1)
+        return {k: jax.ShapeDtypeStruct((*lead, *s), t, sharding=where) for k, (s, t) in sizes.items()}
+
+    def lower(self, shape: Shape) -> jax.stages.Lowered:
+        """The training step for batches of this shape, ready to be compiled."""
+        s = self.shapes
+        batch = self.batch_shapes(shape)
+        return self.step.train.lower(s.trainable, s.optimizer, s.frozen, s.reference, batch, branches=shape.branches)
+
+    def _placed(self, state: nnx.State, dtype: jnp.dtype) -> nnx.State:
+        """Shapes with the types and shardings that the arrays will have."""
+        flat = []
+        for path, variable in nnx.to_flat_state(state):
+            shape, axes = variable.shape, variable.get_metadata("axes")
+            if len(axes) < len(shape):
+                axes = ("layers", *axes)
+            struct = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding_of(self.mesh, axes, shape))
+            flat.append((path, variable.replace(struct)))
+        return nnx.from_flat_state(flat)
+
+
+class Trainer:
+    """A running program: its state, changed step by step."""
+
+    def __init__(self, program: Program, state: State):
+        self.program, self.state = program, state
+        self._compiled: dict[Shape, jax.stages.Compiled] = {}
+
+    def compile(self, shapes: Iterable[Shape], say: Callable[[str], None]) -> None:
+        """Compiles the step for all shapes of a run before it starts, so that no step waits for a compiler."""
+        todo = sorted(set(shapes) - set(self._compiled))
+        for number, shape in enumerate(todo, start=1):
+            began = time.monotonic()
+            self._compiled[shape] = self.program.lower(shape).compile()
+            lengths = f"{shape.sequences} x {shape.tokens} tokens"
+            say(f"compiled {number} of {len(todo)}: {lengths}, {time.monotonic() - began:.1f} s")
+
+    def update(self, batch: Batch) -> dict[str, jax.Array]:
+        """One update; returns the step's metrics, still on the devices."""
+        s = self.state
+        arrays = put(batch.arrays, self.program.mesh)
+        if batch.shape not in self._compiled:
+            self.compile([batch.shape], lambda line: None)
+        step = self._compiled[batch.shape]
+        trainable, optimizer, metrics = step(s.trainable, s.optimizer, s.frozen, s.reference, arrays)
+        self.state = dataclasses.replace(s, trainable=trainable, optimizer=optimizer)
+        return metrics
+
+    def evaluate(self, batch: Batch) -> tuple[dict[str, float], float]:
+        """Sums of the metrics over a batch, and their weight (pairs; tokens for sft)."""
+        s = self.state
+        arrays = put(batch.arrays, self.program.mesh)
+        values, weight = jax.device_get(
+            self.program.step.evaluate(s.trainable, s.frozen, s.reference, arrays, branches=batch.shape.branches)
+        )
+        return {name: float(value) for name, value in values.items()}, float(weight)
+
+    def resume(self, trainable: nnx.State, optimizer: optax.OptState) -> None:
+        """Continues from a checkpoint's values."""
+        self.state = dataclasses.replace(self.state, trainable=trainable, optimizer=optimizer)
+
+    def model(self) -> QwenVL:
+        """The policy as it is now."""
+        return nnx.merge(self.program.graph, self.state.trainable, self.state.frozen)
+
+
+def with_adapter_form(config: TrainConfig) -> TrainConfig:
+    """The configuration with `lora` as the adapter that training starts from has it."""
+    if not config.adapter:
+        return config
+    adapter = open_adapter(config.adapter, leaves(QwenVLConfig.from_folder(config.model)))
+    return dataclasses.replace(config, lora=LoraConfig(adapter.rank, float(adapter.alpha), list(adapter.targets)))
+
+
+def load_policy(config: TrainConfig, mesh: Mesh) -> QwenVL:
+    """The policy as training starts: the checkpoint, and an adapter that is loaded or drawn from the seed.
+
+    Raises:
+      UserError: the folders are not sound, or the adapter cannot learn.
+    """
+    # Weights that will be trained must not lose what bfloat16 cannot hold.
+    whole = config.lora is None or config.train_vision != "none"
+    model = load_model(
+        config.model,
+        dtype=config.dtype,
+        adapter=config.adapter,
+        sharding_of=partial(sharding_of, mesh),
+        param_dtype="float32" if whole else config.dtype,
+    )
+    if config.lora and not config.adapter:
+        _draw_lora(model, config)
+    for name, linear in linears(model.language.layers):
+        if linear.lora_a is not None and not (jnp.any(linear.lora_a[...]) or jnp.any(linear.lora_b[...])):
+            raise UserError(f"adapter {config.adapter}: both factors of {name} are zero, so that it cannot learn")
+    return model
+
+
+def put(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch [A, B, ...] onto the devices, sequences over the batch axes; each host gives those of its devices."""
+    where = batch_sharding(mesh, leading=1)
+    return {k: jax.make_array_from_callback(v.shape, where, v.__getitem__) for k, v in arrays.items()}
+
+
+def _blank_policy(config: TrainConfig, model_config: QwenVLConfig) -> QwenVL:
+    model = QwenVL(model_config, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(0))
+    _draw_lora(model, config)
+    return model
+
+
+def _draw_lora(model: QwenVL, config: TrainConfig) -> None:
+    if config.lora:
+        add_lora(model, config.lora.rank, config.lora.alpha, config.lora.targets, rngs=nnx.Rngs(config.seed))
+
+
+def _cast_and_place(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.device_put(array.astype(like.dtype), like.sharding)
+
+
+def _with_sharding(x: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
