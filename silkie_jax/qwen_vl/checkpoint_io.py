@@ -23,7 +23,7 @@ from absl import logging
 from silkie_jax.errors import UserError
 from silkie_jax.qwen_vl.config import QwenVLConfig
 from silkie_jax.qwen_vl.names import Leaf, leaves, misfits, shorten
-from silkie_jax.qwen_vl.tensor_files import BFLOAT16, StoredTensor, list_folder, nbytes
+from silkie_jax.qwen_vl.tensor_files import BFLOAT16, OTHER, StoredTensor, list_folder, nbytes
 
 MARKER = "silkie.json"
 WEIGHTS = "weights"
@@ -119,7 +119,7 @@ class HuggingFaceFolder:
         expected = {name: leaf.official for leaf in self.tree.values() for name in leaf.names}
         found = {name: tensor.shape for name, tensor in listing.tensors.items()}
         problems = listing.problems + misfits(found, expected, listing.lost)
-        strange = [n for n in expected if n in listing.tensors and listing.tensors[n].dtype is None]
+        strange = [n for n in expected if n in listing.tensors and listing.tensors[n].dtype == OTHER]
         if strange:
             problems.append(f"not of a floating-point type: {shorten(strange)}")
         if problems:
@@ -183,9 +183,10 @@ def _check_marker(path: Path) -> None:
 
 def _broken(weights: Path, path: str, store: ts.TensorStore) -> Iterator[Path]:
     """Files of an uncompressed array that are absent or not whole."""
-    if store.spec().to_json()["metadata"]["compressor"] is not None:
+    metadata = store.spec().to_json()["metadata"]
+    if metadata["compressor"] is not None:
         return
-    chunk = store.chunk_layout.write_chunk.shape
+    chunk = metadata["chunks"]
     size = math.prod(chunk) * store.dtype.numpy_dtype.itemsize
     for place in np.ndindex(*(-(-n // c) for n, c in zip(store.shape, chunk, strict=True))):
         file = weights / path / ".".join(map(str, place))
@@ -262,7 +263,10 @@ def lay_out(
         stores[path] = ts.open(spec).result()
 
     def write(piece: Piece, values: np.ndarray) -> None:
-        stores[piece.leaf.path][piece.index].write(values).result()
+        try:
+            stores[piece.leaf.path][piece.index].write(values).result()
+        except ValueError as e:
+            raise UserError(f"{folder}: cannot be written ({_first_line(e)})") from None
 
     return write
 
