@@ -151,7 +151,9 @@ class ConvertedFolder:
         _check_marker(folder / MARKER)
         weights = folder / WEIGHTS
         found = {p.parent.name for p in weights.glob("*/.zarray")}
-        opening = {path: ts.open(_spec(weights, path), context=_context()) for path in self.tree if path in found}
+        # The cache spares reading a chunk once a layer where a small leaf's layers are read one at a time.
+        context = ts.Context({"cache_pool": {"total_bytes_limit": 2 * _PIECE}})
+        opening = {path: ts.open(_spec(weights, path), context=context) for path in self.tree if path in found}
         try:
             self._stores = {path: future.result() for path, future in opening.items()}
         except ValueError as e:
@@ -192,11 +194,6 @@ def _broken(weights: Path, path: str, store: ts.TensorStore) -> Iterator[Path]:
         file = weights / path / ".".join(map(str, place))
         if not file.is_file() or file.stat().st_size != size:
             yield file
-
-
-def _context() -> ts.Context:
-    # The cache spares reading a chunk once a layer when a small leaf's layers are read one at a time.
-    return ts.Context({"cache_pool": {"total_bytes_limit": 2 * _PIECE}})
 
 
 def _spec(weights: Path, path: str) -> dict[str, Any]:
