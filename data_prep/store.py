@@ -16,6 +16,7 @@ import os
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ _CHUNK = 256  # instructions read at a time
 _TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE images (
-    sha256 TEXT PRIMARY KEY, suffix TEXT NOT NULL, width INTEGER NOT NULL, height INTEGER NOT NULL, bytes INTEGER NOT NULL
+    sha256 TEXT PRIMARY KEY, suffix TEXT NOT NULL, width INTEGER NOT NULL, height INTEGER NOT NULL,
+    bytes INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE instructions (
     number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, prompt TEXT NOT NULL, history TEXT NOT NULL,
@@ -145,7 +147,7 @@ class Spending:
 
 
 class Run:
-    """A run folder; made by `Run.create` (to write, one process at a time) or `Run.open` (to read). A context manager."""
+    """A run folder: `Run.create` writes, in one process at a time; `Run.open` reads. A context manager."""
 
     def __init__(self, path: Path, db: sqlite3.Connection, lock: Any = None):
         self.path = path
@@ -164,7 +166,7 @@ class Run:
             raise UserError(f"{path} holds other files and no {DATABASE}: name a new folder for the run")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            lock = open(path / "run.lock", "w")
+            lock = open(path / "run.lock", "w")  # noqa: SIM115 (held as long as the run is open)
         except OSError as error:
             raise UserError(f"{path}: a run cannot be made here ({error})") from None
         try:
@@ -173,8 +175,7 @@ class Run:
             lock.close()
             raise UserError(f"another process is working on the run {path}: wait for it, or stop it first") from None
         run = cls(path, connect(path / DATABASE), lock)
-        with run.db:
-            run.db.execute("BEGIN IMMEDIATE")
+        with run.transaction():
             if not run.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
                 for statement in _TABLES.split(";"):
                     run.db.execute(statement)
@@ -211,6 +212,13 @@ class Run:
             self._lock.close()
             self._lock = None
 
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All that is written within is committed at once, or not at all."""
+        with self.db:
+            self.db.execute("BEGIN IMMEDIATE")
+            yield
+
     def _check_format(self) -> None:
         try:
             found = self.settings("format")
@@ -233,7 +241,10 @@ class Run:
     # Images
 
     def add_image(self, data: bytes) -> str:
-        """Stores a JPEG or PNG file that was checked before; returns its SHA-256. Adding it again does nothing."""
+        """Stores a JPEG or PNG file that was checked before; returns its SHA-256. Adding it again does nothing.
+
+        Many are added quickly within `transaction()`; `write_instructions` makes sure that they have reached the disk.
+        """
         sha256 = hashlib.sha256(data).hexdigest()
         if self.db.execute("SELECT 1 FROM images WHERE sha256 = ?", (sha256,)).fetchone():
             return sha256
@@ -242,10 +253,7 @@ class Run:
         file = self.path / "images" / sha256[:2] / (sha256 + suffix)
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".tmp.{os.getpid()}")
-        with open(temporary, "wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
+        temporary.write_bytes(data)
         os.replace(temporary, file)
         self.db.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?)", (sha256, suffix, width, height, len(data)))
         return sha256
@@ -285,8 +293,8 @@ class Run:
         """
         if self.settings("instructions") == json.loads(to_json(settings)):
             return self.count()
-        with self.db:
-            self.db.execute("BEGIN IMMEDIATE")
+        os.sync()  # the images, before anything refers to them
+        with self.transaction():
             if self.db.execute("SELECT 1 FROM requests LIMIT 1").fetchone():
                 raise UserError(
                     f"the run {self.path} has requests for the instructions that it holds: "
