@@ -11,7 +11,7 @@ _BULLET = re.compile(r"^(?:\s|>|[-*+•](?=\s))*(?:\(?\d{1,2}[.)](?=\s)\s*)?(?:[
 TEXT = re.compile(
     r"(?P<lead>(?:(?:the\s+)?(?:output|assessment|evaluation|ratings?|scores?)\s+(?:for|of)\s+)?)(?:the\s+)?"
     r"(?:text|response|output|answer|completion)\s*(?:no\.?\s*|number\s*)?[#<\[(]?\s*(?P<number>\d{1,6})\s*[>\])]?"
-    r"(?!\s*(?:\d|[,&/]|and\b|or\b|to\b|vs\b|\.\d|-\s*\d))(?P<rest>.*)",
+    r"(?!\s*(?:\d|[,&/]|and\b|or\b|to\b|vs\b|\.\d|-\d))(?P<rest>.*)",
     re.IGNORECASE | re.ASCII,
 )
 _LABEL = re.compile(
