@@ -91,7 +91,7 @@ def run_import(
     *,
     parse: Parser,
     name: str,
-    repeated_ids: Literal["reject", "rename"],
+    identical_rows: Literal["leave out", "keep"],
     shards: int | None = None,
     workers: int | None = None,
     progress: bool = True,
@@ -103,13 +103,14 @@ def run_import(
     Args:
         parse: what makes a row a draft.
         name: of the data set, in file names and as the records' source.
-        repeated_ids: whether a row with an id seen before is listed as a duplicate, or kept under a name of its own.
+        identical_rows: whether a row that repeats an earlier one with its id is listed as a duplicate, or kept. A row
+            that has an earlier one's id but says something else is always kept. What is kept is renamed: `id#2`.
     """
     if workers is not None and workers < 1:
         raise UserError(f"workers: {workers} is not at least 1")
     rows = Source(source)
     with closing(open_images(images, max_bytes=max_image_bytes)) as store:
-        plan = _scan(rows, store, parse, repeated_ids, progress)
+        plan = _scan(rows, store, parse, identical_rows, progress)
         if not plan.accepted:
             raise nothing_usable(rows.path, plan.rejections)
         plan.rejections += [Rejection(0, f, 0, "file", "", "image refused", why) for f, why in store.refused.items()]
@@ -140,10 +141,11 @@ def _finish(builder: CorpusBuilder, rows: Source, plan: _Plan, entries: list[Ent
     return summary
 
 
-def _scan(rows: Source, store: Images, parse: Parser, repeated_ids: str, progress: bool) -> _Plan:
+def _scan(rows: Source, store: Images, parse: Parser, identical_rows: str, progress: bool) -> _Plan:
     """Reads every row once: which can be used, and why the others cannot."""
     plan = _Plan()
-    seen: dict[str, tuple[bytes, int]] = {}
+    seen: dict[str, dict[bytes, int]] = {}  # id -> content of the rows that came with it -> number of the row
+    taken: set[str] = set()  # ids of records
     with tqdm(
         total=rows.size, unit="B", unit_scale=True, desc="reading rows", disable=not progress, mininterval=0.5
     ) as bar:
@@ -157,17 +159,19 @@ def _scan(rows: Source, store: Images, parse: Parser, repeated_ids: str, progres
                 draft = parse(row.value)
                 stamps = [ref if isinstance(ref, bytes) else f"{ref} {store.stamp(ref)}" for ref in _find(draft, store)]
                 id = draft.id or f"row-{plan.rows}"
-                if id in seen:
-                    same = seen[id][0] == row.digest
-                    reason = f"duplicate id, {'identical' if same else 'differing'} row"
-                    if repeated_ids == "reject":
-                        raise Rejected(reason, f"first seen in row {seen[id][1]}")
-                    plan.renamed[reason] += bool(draft.id)
-                    id = next(name for n in range(2, plan.rows + 2) if (name := f"{id}#{n}") not in seen)
+                before = seen.setdefault(id, {})
+                if row.digest in before and identical_rows == "leave out":
+                    raise Rejected("duplicate id, identical row", f"first seen in row {before[row.digest]}")
+                if before:
+                    same = "identical" if row.digest in before else "differing"
+                    plan.renamed[f"duplicate id, {same} row"] += bool(draft.id)
+                before.setdefault(row.digest, plan.rows)
+                if id in taken:
+                    id = next(name for n in range(2, plan.rows + 2) if (name := f"{id}#{n}") not in taken)
+                taken.add(id)
             except Rejected as why:
                 plan.rejections.append(_rejection(rows, row.place, plan.rows, row.line, row_id, why))
                 continue
-            seen[id] = (row.digest, plan.rows)
             digest = hashlib.sha256(_hash(row.digest, id, *stamps).encode()).digest()
             plan.accepted.append(_Accepted(row.place, plan.rows, row.line, id, digest))
             for why_dropped in draft.dropped:

@@ -20,8 +20,8 @@ class Summary:
         ratings: numbers found.
         missing_ratings: ratings absent or not a number (NaN in the corpus).
         ratings_outside_1_to_5: kept as they are.
-        duplicate_ids_identical: rows left out because an earlier row is the same.
-        duplicate_ids_differing: rows with the id of an earlier, other row: left out (VLFeedback) or renamed (pairs).
+        duplicate_ids_identical: rows that repeat an earlier one: left out (VLFeedback) or renamed (pairs).
+        duplicate_ids_differing: rows with the id of an earlier row that says something else: renamed.
         unreadable_images: rows left out because an image is damaged, of an unknown format or too large.
         refused_files: image files that point outside their folder or zip, or cannot be opened safely.
         rejected: reason -> rows left out; each is listed in `rejected.jsonl`.
