@@ -190,6 +190,8 @@ def plain(name: str) -> str:
 
 def straight(words: str) -> str:
     """Full-width and other compatibility forms, and curly apostrophes, as plain ones."""
+    if words.isascii():
+        return words
     return unicodedata.normalize("NFKC", words).replace("’", "'").replace("−", "-").replace("\u200b", "")
 
 

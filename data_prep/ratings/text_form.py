@@ -22,6 +22,15 @@ _LABEL = re.compile(
 _REASON = re.compile(r"(?:rationale|reason|reasoning|justification|explanation)s?\s*[:=]\s*(?P<rest>.*)", re.IGNORECASE)
 _REASON_INSIDE = re.compile(r"\b(?:rationale|reason|justification|explanation)\b[*_]*\s?:", re.IGNORECASE)
 _ASPECT_NUMBER = re.compile(r"(?:aspect|criterion|dimension)\s*\d{0,2}\s*[:.–—-]\s*", re.IGNORECASE)
+_HASHES = re.compile(r"^(?:\s|>)*#{1,6}\s*")
+_EMPHASIS = re.compile(r"[*_`]{1,3}(?=\s*[:=])|(?<=[:=])\s?[*_`]{2,3}|^[*_`]{1,3}|(?:\*\*|__)$")
+_MARKED = re.compile(r"[*_`]")
+_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+_PARENTHESES = re.compile(r"\([^()]*\)")
+_LONGEST_NAME = 120  # characters of an aspect's heading
+_LEVEL = re.compile(r"[\s>]*(#{1,6})")
+_SEPARATOR = re.compile(r"^[\s:.–—]*(?:-\s)?")
+_NOTE = re.compile(r"\s*[:.–—-]*\s*\([^()]*\)\s*:?\s*")
 _HEADING = re.compile(r"\s*(?:>\s*)*#{1,6}\s")
 _BOLD = re.compile(r"\s*(?:>\s*)*(?:\*\*|__).+(?:\*\*|__):?\s*")
 
@@ -95,7 +104,7 @@ def read_text(reply: str, found: Found, cut: bool) -> None:
 
 def _outer(kind: str, outer: str, levels: dict[str, int], line: str) -> str:
     """Which kind of heading encloses the other, seeing one more of `kind`."""
-    if hashes := re.match(r"[\s>]*(#{1,6})", line):
+    if hashes := _LEVEL.match(line):
         levels.setdefault(kind, len(hashes.group(1)))
     if len(set(levels.values())) == 2:
         return min(levels, key=lambda name: levels[name])
@@ -107,24 +116,21 @@ def _unmarked(line: str) -> str:
     line = straight(line).strip()
     if line.startswith("```") or not line.strip("-=*_#> \t"):
         return ""
-    line = re.sub(r"^(?:\s|>)*#{1,6}\s*", "", line)
-    line = _BULLET.sub("", line, count=1)
-    line = re.sub(r"^#{1,6}\s*", "", line)
-    return re.sub(r"[*_`]{1,3}(?=\s*[:=])|(?<=[:=])\s?[*_`]{2,3}|^[*_`]{1,3}|(?:\*\*|__)$", "", line).strip()
+    if line[0] not in _LETTERS or line[1:2] in (".", ")"):  # a heading, a bullet, a number: "A. Helpfulness" too
+        line = _HASHES.sub("", _BULLET.sub("", _HASHES.sub("", line, count=1), count=1), count=1)
+    return _EMPHASIS.sub("", line).strip() if _MARKED.search(line) else line.strip()
 
 
 def _aspect_heading(words: str, heading: bool, found: Found) -> tuple[str | None, str]:
     """The aspect that a line names and what it says of it: ("Helpfulness", "") for a heading, ("...", "4") for both."""
-    if len(words) > 300:
+    words = _PARENTHESES.sub("", _ASPECT_NUMBER.sub("", words[:1000], count=1))
+    before, _, after = words.partition(":")
+    named = found.aspects.get(plain(before)) if len(before) <= _LONGEST_NAME else None
+    if not named:
         return None, ""
-    words = re.sub(r"\([^()]*\)", "", _ASPECT_NUMBER.sub("", words, count=1))
-    before, colon, after = words.partition(":")
-    if not after.strip(MARKS):
-        return found.aspects.get(plain(before)), ""
-    named = found.aspects.get(plain(before))
-    if named and colon and _states_rating(after, found):
+    if _states_rating(after, found):
         return named, after
-    return (named, "") if named and heading else (None, "")
+    return (named, "") if heading or not after.strip(MARKS) else (None, "")
 
 
 def _text_heading(words: str, heading: bool, found: Found) -> tuple[int, str] | None:
@@ -132,9 +138,9 @@ def _text_heading(words: str, heading: bool, found: Found) -> tuple[int, str] | 
     match = TEXT.match(words)
     if not match:
         return None
-    rest = re.sub(r"^[\s:.–—]*(?:-\s)?", "", match["rest"]).strip(MARKS)  # not the minus of a number
+    rest = _SEPARATOR.sub("", match["rest"]).strip(MARKS)  # not the minus of a number
     rest = "" if rest in ("-", ":", ".") else rest
-    rest = "" if re.fullmatch(r"\s*[:.–—-]*\s*\([^()]*\)\s*:?\s*", match["rest"]) else rest  # "Text 1 (a model)"
+    rest = "" if _NOTE.fullmatch(match["rest"]) else rest  # "Text 1 (a model)"
     if not rest or heading or _LABEL.match(rest) or _REASON.match(rest) or _states_rating(rest, found):
         return int(match["number"]), rest
     return None  # "Text 2: is worse" in a rationale is prose
