@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+async def run_batches(work, agents, clients, poll):
+    raise RuntimeError
