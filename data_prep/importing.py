@@ -25,8 +25,7 @@ from tqdm import tqdm
 from data_prep.images import MAX_BYTES, MAX_PIXELS, Images, check_image, open_images
 from data_prep.rejections import Rejected, Rejection, nothing_usable
 from data_prep.sources import Place, Row, Source
-from data_prep.summary import Summary
-from silkie_jax.corpus import pairs as rules
+from data_prep.summary import Summary, counts_of, pairs_by_rule
 from silkie_jax.corpus.reader import read_manifest
 from silkie_jax.corpus.schema import Record, Response
 from silkie_jax.corpus.shards import BUILDING, FORMAT, MANIFEST, CorpusBuilder, Entry
@@ -34,7 +33,6 @@ from silkie_jax.errors import UserError
 
 VERSION = 1  # of the way rows become records; a resumed import keeps no shard that another version made
 _ROWS_PER_SHARD = 1000
-_RULES_WITHOUT_OPTIONS = ("mean_rating", "longest_as_best", "model_as_best", "best_vs_worst", "given")
 
 
 @dataclass
@@ -117,7 +115,7 @@ def run_import(
         settings = json.dumps([VERSION, FORMAT, name, max_pixels, max_image_bytes])
         key = _hash(settings, *(row.digest for row in plan.accepted), *(r.to_json() for r in plan.rejections))
         if (Path(dst) / MANIFEST).exists():
-            return _finished_before(Path(dst), key)
+            return finished_before(Path(dst), key)
         count = math.ceil(len(plan.accepted) / _ROWS_PER_SHARD) if shards is None else shards
         with CorpusBuilder(dst, name, min(count, len(plan.accepted))) as builder:
             job = _Job(rows, store, parse, name, max_pixels, settings, builder, plan.accepted)
@@ -236,9 +234,9 @@ class _Job:
                 source=self.name,
                 extra=draft.extra,
             )
-            counts.update(_counts(record), dropped_responses=len(draft.dropped))
+            counts.update(counts_of(record), dropped_responses=len(draft.dropped))
             aspects.update(dict.fromkeys(aspect for response in record.responses for aspect in response.ratings))
-            for rule, found in _pairs_by_rule(record).items():
+            for rule, found in pairs_by_rule(record).items():
                 pair_counts[rule] += found
             yield record
         notes.update(counts=dict(counts), pairs=dict(pair_counts), aspects=list(aspects))
@@ -275,7 +273,7 @@ def _run_all(job: _Job, workers: int, progress: bool) -> list[Entry]:
         return [future.result() for future in futures]
 
 
-def _finished_before(dst: Path, key: str) -> Summary:
+def finished_before(dst: Path, key: str) -> Summary:
     """The saved summary, where the corpus was made from this very input."""
     if read_manifest(dst).get("input") != key:
         raise UserError(
@@ -310,25 +308,6 @@ def _sum_up(plan: _Plan, entries: list[Entry], rejections: list[Rejection]) -> S
         rejected=dict(sorted(rejected.items())),
         pairs=dict(pair_counts),
     )
-
-
-def _counts(record: Record) -> dict[str, int]:
-    ratings = [rating for response in record.responses for rating in response.ratings.values()]
-    numbers = [rating for rating in ratings if not math.isnan(rating)]
-    return {
-        "images": len(record.images),
-        "text_only": not record.images,
-        "responses": len(record.responses),
-        "ratings": len(numbers),
-        "missing_ratings": len(ratings) - len(numbers),
-        "ratings_outside_1_to_5": sum(not 1 <= rating <= 5 for rating in numbers),
-    }
-
-
-def _pairs_by_rule(record: Record) -> dict[str, int]:
-    counts = {rule: len(rules.pairs(record, rule)) for rule in _RULES_WITHOUT_OPTIONS}
-    aspects = dict.fromkeys(aspect for response in record.responses for aspect in response.ratings)
-    return counts | {f"aspect {aspect}": len(rules.aspect(record, aspect)) for aspect in aspects}
 
 
 def _find(draft: Draft, store: Images) -> list[str | bytes]:
