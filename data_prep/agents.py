@@ -62,6 +62,9 @@ class Agent:
     timeout: float = 120.0  # seconds for one attempt
     attempts: int = 5  # for errors that pass; a rate limit does not count
     patience: float = 1800.0  # seconds without any answer after which the run stops
+    batch: bool = True  # whether --batch may use its Batch API; otherwise it is asked live all the same
+    batch_lines: int = 50_000  # of a file at most
+    batch_bytes: int = 200_000_000
     image_tokens: int | None = None  # for estimates; None: OpenAI's rule of tiles
     expected_tokens: int = 300  # of a reply, for the estimate before there are any
     serves: str = ""  # a note: what stands behind the name today
@@ -153,7 +156,7 @@ def read_key(agent: Agent, name: str) -> str | None:
 # What may change between two commands of one run: it does not change what is asked.
 _FREE = {
     *("base_url", "api_key_env", "requests_per_minute", "tokens_per_minute", "concurrency", "timeout", "attempts"),
-    *("patience", "price", "image_tokens", "expected_tokens", "serves"),
+    *("batch", "batch_lines", "batch_bytes", "patience", "price", "image_tokens", "expected_tokens", "serves"),
 }
 
 
@@ -204,7 +207,8 @@ def _check_agent(agent: Agent, path: str | os.PathLike[str], key: str) -> None:
         "max_tokens_field must be max_tokens or max_completion_tokens",
     )
     need(agent.dtype in ("bfloat16", "float32"), "dtype must be bfloat16 or float32")
-    for name in ("max_tokens", "concurrency", "attempts", "requests_per_minute", "tokens_per_minute"):
+    whole = ("max_tokens", "concurrency", "attempts", "batch_lines", "batch_bytes")
+    for name in (*whole, "requests_per_minute", "tokens_per_minute"):
         value = getattr(agent, name)
         need(value is None or value >= 1, f"{name} must be at least 1, not {value}")
     for name in ("timeout", "patience", "weight"):

@@ -8,7 +8,7 @@ import asyncio
 import random
 import sqlite3
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -62,10 +62,10 @@ that would repeat themselves."""
 
 
 class Ids:
-    """Numbers for new attempts. The lock of the run makes this process the only one that gives them out."""
+    """Numbers for new rows of a table. The lock of the run makes this process the only one that gives them out."""
 
-    def __init__(self, db: sqlite3.Connection):
-        self._next = db.execute("SELECT coalesce(max(id), 0) FROM attempts").fetchone()[0]
+    def __init__(self, db: sqlite3.Connection, table: str):
+        self._next = db.execute(f"SELECT coalesce(max(id), 0) FROM {table}").fetchone()[0]
 
     def __call__(self) -> int:
         self._next += 1
@@ -84,6 +84,7 @@ class Work:
     stop: Stop
     progress: Progress
     ids: Ids
+    batch_ids: Ids
     wire: Wire
 
 
@@ -218,7 +219,7 @@ class Lane:
             except BaseException as error:
                 self.limiter.release(turn, 0)
                 if isinstance(error, BudgetReached):
-                    work.stop.set(_budget_reached(work.budget))
+                    work.stop.set(budget_reached(work.budget))
                     return
                 raise
             self._idle.discard(task)
@@ -273,7 +274,7 @@ class Lane:
         self.limiter.answered(headers)
         self._heard = now
         if outcome in replies.STOPPING:
-            self.work.stop.set(_stopped_by(self.name, self.agent, reply))
+            self.work.stop.set(stopped_by(self.name, self.agent, reply))
             return Verdict(outcome, "again"), 0.0
         if outcome in replies.PASSING:
             if failures + 1 >= self.agent.attempts:
@@ -301,24 +302,20 @@ class Lane:
 async def send_all(work: Work, agents: dict[str, Agent], clients: dict[str, Client]) -> None:
     """Sends what is open for these agents. When the run is stopped, everything in flight has been stored."""
     lanes = [Lane(work, name, agents[name], clients[name]) for name in agents]
-    work.progress.to_come = lambda: _sum(lane.to_come() for lane in lanes)
-    with work.stop.on_interrupt("interrupted; every reply is stored: run the same command again to continue"):
-        await asyncio.gather(*(lane.run() for lane in lanes if lane.open))
+    work.progress.to_come.update({lane.name: lane.to_come for lane in lanes})
+    await asyncio.gather(*(lane.run() for lane in lanes if lane.open))
 
 
-def _sum(amounts: Iterable[float | None]) -> float | None:
-    known = list(amounts)
-    return None if None in known else sum(known)  # type: ignore[arg-type]
-
-
-def _budget_reached(budget: Budget) -> UserError:
+def budget_reached(budget: Budget) -> UserError:
+    """The reason for a stop at the limit."""
     return UserError(
         f"stopped before the budget of {usd(budget.limit or 0)} could be passed, with {usd(budget.spent)} spent: "
         "run the same command with a larger --budget to continue"
     )
 
 
-def _stopped_by(name: str, agent: Agent, reply: Reply) -> UserError:
+def stopped_by(name: str, agent: Agent, reply: Reply) -> UserError:
+    """The reason for a stop that every other request would meet too."""
     match reply.outcome:
         case replies.QUOTA:
             mend = "its account has no credit left: add some, then run the same command again"

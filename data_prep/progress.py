@@ -20,7 +20,7 @@ class Progress:
         spent: USD, of the run so far.
 
     Attributes:
-        to_come: gives the USD expected for what is open; None where there is no price.
+        to_come: agent -> what gives the USD expected for its open requests, None where there is no price.
         note: what else there is to say.
     """
 
@@ -28,7 +28,7 @@ class Progress:
         self.spent = spent
         self.outcomes: Counter[str] = Counter()
         self.note = ""
-        self.to_come: Callable[[], float | None] = lambda: None
+        self.to_come: dict[str, Callable[[], float | None]] = {}
         self._drawn = 0.0
         self._bar: Any = tqdm(
             total=total, initial=done, desc=stage, unit="req", disable=not show, mininterval=0.5, dynamic_ncols=True
@@ -51,12 +51,13 @@ class Progress:
         if self._bar.disable or now - self._drawn < 0.5:
             return
         self._drawn = now
-        to_come = self.to_come()
+        amounts = [expected() for expected in self.to_come.values()]
+        to_come = sum(amount for amount in amounts if amount is not None)
         refused = self.outcomes[replies.REFUSAL] + self.outcomes[replies.CONTENT_FILTER]
         errors = sum(self.outcomes[outcome] for outcome in replies.PASSING)
         parts = [
             f"{usd(self.spent)} so far",
-            "price unknown" if to_come is None else f"{usd(to_come)} to come",
+            "price unknown" if None in amounts else f"{usd(to_come)} to come",
             f"refusals {refused}",
             *([f"errors {errors}"] if errors else []),
             *([self.note] if self.note else []),

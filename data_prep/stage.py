@@ -126,6 +126,10 @@ def run_stage(
     return outcome
 
 
+_INTERRUPTED = "interrupted; every reply is stored: run the same command again to continue"
+_IN_BATCHES = " (batches go on at the server)"
+
+
 class _DryRun(Exception):
     """Takes the plan back."""
 
@@ -152,7 +156,8 @@ async def _send(
                 journal=journal,
                 stop=Stop(),
                 progress=progress,
-                ids=Ids(run.db),
+                ids=Ids(run.db, "attempts"),
+                batch_ids=Ids(run.db, "batches"),
                 wire=Wire(run),
             )
             async with _clients(_with_open(run, stage, agents), keys) as clients:
@@ -160,10 +165,12 @@ async def _send(
                 while not work.stop and (busy := _with_open(run, stage, agents)):
                     for name in busy.keys() - clients.keys():
                         await clients.start(name, busy[name])
-                    if options.batch:
-                        await run_batches(work, busy, clients, options.poll)
-                    else:
-                        await send_all(work, busy, clients)
+                    batched = {n: a for n, a in busy.items() if options.batch and a.batch and not a.local}
+                    live = {n: a for n, a in busy.items() if n not in batched}
+                    with work.stop.on_interrupt(_INTERRUPTED + (_IN_BATCHES if batched else "")):
+                        await asyncio.gather(
+                            run_batches(work, batched, clients, options.poll), send_all(work, live, clients)
+                        )
                     if not options.batch and not work.stop and _all_in_batches(run, stage):
                         work.stop.set(
                             UserError(

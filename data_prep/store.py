@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -180,6 +181,7 @@ class Run:
                 for statement in _TABLES.split(";"):
                     run.db.execute(statement)
                 run.save_settings("format", FORMAT)
+                run.save_settings("run id", secrets.token_hex(8))
         run._check_format()
         return run
 
