@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +41,7 @@ def load_yaml(path: str | os.PathLike[str], schema: type[T]) -> T:
 
 def make(given: Mapping[Any, Any], schema: type[T], where: str = "config") -> T:
     """As `load_yaml`, from a mapping; `where` names it in errors."""
+    given = json.loads(json.dumps(given, default=str))  # keys become texts, and what was stored as JSON reads the same
     _check_keys(given, schema, where)
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))  # type: ignore[return-value]

@@ -42,14 +42,14 @@ class Aspect:
     Attributes:
         name: as it stands in replies, reports and the corpus.
         about: what to look at.
-        levels: rating -> what earns it; may name some only, or none.
+        levels: rating (a whole number) -> what earns it; may name some only, or none.
         aliases: other names that judges give it in headings.
         weight: in the overall score of reports and exports; training's `weighted` rule takes weights of its own.
     """
 
     name: str = dataclasses.MISSING  # type: ignore[assignment]
     about: str = ""
-    levels: dict[int, str] = dataclasses.field(default_factory=dict)
+    levels: dict[str, str] = dataclasses.field(default_factory=dict)
     aliases: list[str] = dataclasses.field(default_factory=list)
     weight: float = 1.0
 
@@ -168,9 +168,10 @@ def check_rubric(rubric: Rubric, where: str = "rubric") -> None:
                     f"{where}: aspect {name!r} is empty or cannot be told from {seen.get(key, 'nothing')!r}"
                 )
             seen[key] = name
-        outside = [level for level in aspect.levels if not rubric.scale.low <= level <= rubric.scale.high]
+        known = [str(level) for level in range(rubric.scale.low, rubric.scale.high + 1)]
+        outside = [level for level in aspect.levels if level not in known]
         if outside:
-            raise UserError(f"{where}: aspect {aspect.name}: level {outside[0]} is outside the scale")
+            raise UserError(f"{where}: aspect {aspect.name}: level {outside[0]} is not one of {', '.join(known)}")
         if not 0 <= aspect.weight < float("inf"):
             raise UserError(f"{where}: aspect {aspect.name}: weight must be a number of at least 0")
     if not any(aspect.weight for aspect in rubric.aspects):
