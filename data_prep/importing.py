@@ -25,8 +25,7 @@ from tqdm import tqdm
 from data_prep.images import MAX_BYTES, MAX_PIXELS, Images, check_image, open_images
 from data_prep.rejections import Rejected, Rejection, nothing_usable
 from data_prep.sources import Place, Row, Source
-from data_prep.summary import Summary
-from silkie_jax.corpus import pairs as rules
+from data_prep.summary import Summary, counts_of, pairs_by_rule
 from silkie_jax.corpus.reader import read_manifest
 from silkie_jax.corpus.schema import Record, Response
 from silkie_jax.corpus.shards import BUILDING, FORMAT, MANIFEST, CorpusBuilder, Entry
@@ -34,7 +33,6 @@ from silkie_jax.errors import UserError
 
 VERSION = 1  # of the way rows become records; a resumed import keeps no shard that another version made
 _ROWS_PER_SHARD = 1000
-_RULES_WITHOUT_OPTIONS = ("mean_rating", "longest_as_best", "model_as_best", "best_vs_worst", "given")
 
 
 @dataclass
@@ -91,7 +89,7 @@ def run_import(
     *,
     parse: Parser,
     name: str,
-    repeated_ids: Literal["reject", "rename"],
+    identical_rows: Literal["leave out", "keep"],
     shards: int | None = None,
     workers: int | None = None,
     progress: bool = True,
@@ -103,20 +101,21 @@ def run_import(
     Args:
         parse: what makes a row a draft.
         name: of the data set, in file names and as the records' source.
-        repeated_ids: whether a row with an id seen before is listed as a duplicate, or kept under a name of its own.
+        identical_rows: whether a row that repeats an earlier one with its id is listed as a duplicate, or kept. A row
+            that has an earlier one's id but says something else is always kept. What is kept is renamed: `id#2`.
     """
     if workers is not None and workers < 1:
         raise UserError(f"workers: {workers} is not at least 1")
     rows = Source(source)
     with closing(open_images(images, max_bytes=max_image_bytes)) as store:
-        plan = _scan(rows, store, parse, repeated_ids, progress)
+        plan = _scan(rows, store, parse, identical_rows, progress)
         if not plan.accepted:
             raise nothing_usable(rows.path, plan.rejections)
         plan.rejections += [Rejection(0, f, 0, "file", "", "image refused", why) for f, why in store.refused.items()]
         settings = json.dumps([VERSION, FORMAT, name, max_pixels, max_image_bytes])
         key = _hash(settings, *(row.digest for row in plan.accepted), *(r.to_json() for r in plan.rejections))
         if (Path(dst) / MANIFEST).exists():
-            return _finished_before(Path(dst), key)
+            return finished_before(Path(dst), key)
         count = math.ceil(len(plan.accepted) / _ROWS_PER_SHARD) if shards is None else shards
         with CorpusBuilder(dst, name, min(count, len(plan.accepted))) as builder:
             job = _Job(rows, store, parse, name, max_pixels, settings, builder, plan.accepted)
@@ -140,10 +139,11 @@ def _finish(builder: CorpusBuilder, rows: Source, plan: _Plan, entries: list[Ent
     return summary
 
 
-def _scan(rows: Source, store: Images, parse: Parser, repeated_ids: str, progress: bool) -> _Plan:
+def _scan(rows: Source, store: Images, parse: Parser, identical_rows: str, progress: bool) -> _Plan:
     """Reads every row once: which can be used, and why the others cannot."""
     plan = _Plan()
-    seen: dict[str, tuple[bytes, int]] = {}
+    seen: dict[str, dict[bytes, int]] = {}  # id -> content of the rows that came with it -> number of the row
+    taken: set[str] = set()  # ids of records
     with tqdm(
         total=rows.size, unit="B", unit_scale=True, desc="reading rows", disable=not progress, mininterval=0.5
     ) as bar:
@@ -157,17 +157,19 @@ def _scan(rows: Source, store: Images, parse: Parser, repeated_ids: str, progres
                 draft = parse(row.value)
                 stamps = [ref if isinstance(ref, bytes) else f"{ref} {store.stamp(ref)}" for ref in _find(draft, store)]
                 id = draft.id or f"row-{plan.rows}"
-                if id in seen:
-                    same = seen[id][0] == row.digest
-                    reason = f"duplicate id, {'identical' if same else 'differing'} row"
-                    if repeated_ids == "reject":
-                        raise Rejected(reason, f"first seen in row {seen[id][1]}")
-                    plan.renamed[reason] += bool(draft.id)
-                    id = next(name for n in range(2, plan.rows + 2) if (name := f"{id}#{n}") not in seen)
+                before = seen.setdefault(id, {})
+                if row.digest in before and identical_rows == "leave out":
+                    raise Rejected("duplicate id, identical row", f"first seen in row {before[row.digest]}")
+                if before:
+                    same = "identical" if row.digest in before else "differing"
+                    plan.renamed[f"duplicate id, {same} row"] += bool(draft.id)
+                before.setdefault(row.digest, plan.rows)
+                if id in taken:
+                    id = next(name for n in range(2, plan.rows + 2) if (name := f"{id}#{n}") not in taken)
+                taken.add(id)
             except Rejected as why:
                 plan.rejections.append(_rejection(rows, row.place, plan.rows, row.line, row_id, why))
                 continue
-            seen[id] = (row.digest, plan.rows)
             digest = hashlib.sha256(_hash(row.digest, id, *stamps).encode()).digest()
             plan.accepted.append(_Accepted(row.place, plan.rows, row.line, id, digest))
             for why_dropped in draft.dropped:
@@ -232,9 +234,9 @@ class _Job:
                 source=self.name,
                 extra=draft.extra,
             )
-            counts.update(_counts(record), dropped_responses=len(draft.dropped))
+            counts.update(counts_of(record), dropped_responses=len(draft.dropped))
             aspects.update(dict.fromkeys(aspect for response in record.responses for aspect in response.ratings))
-            for rule, found in _pairs_by_rule(record).items():
+            for rule, found in pairs_by_rule(record).items():
                 pair_counts[rule] += found
             yield record
         notes.update(counts=dict(counts), pairs=dict(pair_counts), aspects=list(aspects))
@@ -271,7 +273,7 @@ def _run_all(job: _Job, workers: int, progress: bool) -> list[Entry]:
         return [future.result() for future in futures]
 
 
-def _finished_before(dst: Path, key: str) -> Summary:
+def finished_before(dst: Path, key: str) -> Summary:
     """The saved summary, where the corpus was made from this very input."""
     if read_manifest(dst).get("input") != key:
         raise UserError(
@@ -306,25 +308,6 @@ def _sum_up(plan: _Plan, entries: list[Entry], rejections: list[Rejection]) -> S
         rejected=dict(sorted(rejected.items())),
         pairs=dict(pair_counts),
     )
-
-
-def _counts(record: Record) -> dict[str, int]:
-    ratings = [rating for response in record.responses for rating in response.ratings.values()]
-    numbers = [rating for rating in ratings if not math.isnan(rating)]
-    return {
-        "images": len(record.images),
-        "text_only": not record.images,
-        "responses": len(record.responses),
-        "ratings": len(numbers),
-        "missing_ratings": len(ratings) - len(numbers),
-        "ratings_outside_1_to_5": sum(not 1 <= rating <= 5 for rating in numbers),
-    }
-
-
-def _pairs_by_rule(record: Record) -> dict[str, int]:
-    counts = {rule: len(rules.pairs(record, rule)) for rule in _RULES_WITHOUT_OPTIONS}
-    aspects = dict.fromkeys(aspect for response in record.responses for aspect in response.ratings)
-    return counts | {f"aspect {aspect}": len(rules.aspect(record, aspect)) for aspect in aspects}
 
 
 def _find(draft: Draft, store: Images) -> list[str | bytes]:

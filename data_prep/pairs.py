@@ -43,7 +43,7 @@ def import_pairs(
         dst,
         parse=parse_row,
         name="pairs",
-        repeated_ids="rename",
+        identical_rows="keep",
         shards=shards,
         workers=workers,
         progress=progress,

@@ -30,7 +30,7 @@ class Row:
     Attributes:
         place: with which `Source.fetch` finds it again.
         line: in its file, from 1.
-        digest: a hash of its content.
+        digest: a hash of its content: the same however its JSON is spaced and its keys are ordered.
         value: its fields, or why they cannot be read.
         size: in bytes, for progress.
     """
@@ -110,7 +110,8 @@ def _scan_jsonl(path: Path, number: int) -> Iterator[Row]:
                     value = _parse_line(data)
                 except Rejected as rejected:
                     value = rejected
-            yield Row(Place(number, start, offset - start), line, _digest(data.strip()), value, offset - start)
+            digest = _digest(data.strip()) if isinstance(value, Rejected) else _content_digest(value)
+            yield Row(Place(number, start, offset - start), line, digest, value, offset - start)
 
 
 def _fetch_jsonl(path: Path, places: list[Place]) -> Iterator[dict[str, Any]]:
@@ -137,8 +138,7 @@ def _scan_parquet(path: Path, number: int) -> Iterator[Row]:
     for group in range(parquet.num_row_groups):
         for index, value in enumerate(_rows_of_group(parquet, path, group)):
             line += 1
-            digest = _digest(json.dumps(value, default=_parquet_value, sort_keys=True).encode())
-            yield Row(Place(number, group, index), line, digest, value, size)
+            yield Row(Place(number, group, index), line, _content_digest(value), value, size)
 
 
 def _fetch_parquet(path: Path, places: list[Place]) -> Iterator[dict[str, Any]]:
@@ -172,6 +172,10 @@ def _rows_of_group(parquet: Any, path: Path, group: int) -> Iterator[dict[str, A
             yield from batch.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: row group {group} cannot be read ({' '.join(str(error).split())})") from error
+
+
+def _content_digest(value: dict[str, Any]) -> bytes:
+    return _digest(json.dumps(value, default=_parquet_value, sort_keys=True).encode())
 
 
 def _parquet_value(value: object) -> str:

@@ -1,9 +1,15 @@
 """What an import counted."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from silkie_jax.corpus import pairs as rules
+from silkie_jax.corpus.schema import Record
+
+_RULES_WITHOUT_OPTIONS = ("mean_rating", "longest_as_best", "model_as_best", "best_vs_worst", "given")
 
 
 @dataclass(frozen=True)
@@ -20,8 +26,8 @@ class Summary:
         ratings: numbers found.
         missing_ratings: ratings absent or not a number (NaN in the corpus).
         ratings_outside_1_to_5: kept as they are.
-        duplicate_ids_identical: rows left out because an earlier row is the same.
-        duplicate_ids_differing: rows with the id of an earlier, other row: left out (VLFeedback) or renamed (pairs).
+        duplicate_ids_identical: rows that repeat an earlier one: left out (VLFeedback) or renamed (pairs).
+        duplicate_ids_differing: rows with the id of an earlier row that says something else: renamed.
         unreadable_images: rows left out because an image is damaged, of an unknown format or too large.
         refused_files: image files that point outside their folder or zip, or cannot be opened safely.
         rejected: reason -> rows left out; each is listed in `rejected.jsonl`.
@@ -66,6 +72,27 @@ class Summary:
             parts += ["rejected rows (listed in rejected.jsonl)", _lines(self.rejected.items())]
         parts += ["pairs by rule", _lines(self.pairs.items())]
         return "\n".join(parts)
+
+
+def counts_of(record: Record) -> dict[str, int]:
+    """What a record adds to the counts of a summary."""
+    ratings = [rating for response in record.responses for rating in response.ratings.values()]
+    numbers = [rating for rating in ratings if not math.isnan(rating)]
+    return {
+        "images": len(record.images),
+        "text_only": not record.images,
+        "responses": len(record.responses),
+        "ratings": len(numbers),
+        "missing_ratings": len(ratings) - len(numbers),
+        "ratings_outside_1_to_5": sum(not 1 <= rating <= 5 for rating in numbers),
+    }
+
+
+def pairs_by_rule(record: Record) -> dict[str, int]:
+    """How many pairs each rule makes of a record: those without options, and each aspect alone."""
+    counts = {rule: len(rules.pairs(record, rule)) for rule in _RULES_WITHOUT_OPTIONS}
+    aspects = dict.fromkeys(aspect for response in record.responses for aspect in response.ratings)
+    return counts | {f"aspect {aspect}": len(rules.aspect(record, aspect)) for aspect in aspects}
 
 
 def _lines(counts: Iterable[tuple[str, int]]) -> str:

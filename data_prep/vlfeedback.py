@@ -30,8 +30,9 @@ def import_vlfeedback(
 
     A row has `id`, `prompt`, `completions` (a list of objects or an object of lists; each with `model`, `response` and
     `annotations`: aspect -> `Rating` and `Rationale`) and `img_path`. Its image is looked up by `img_path`, by the file
-    name alone, and by `{id}.*`; a row without `img_path` and without such a file is text only. Order is the input's; of
-    rows with one id the first usable is kept. What is left out is listed in `rejected.jsonl` of the corpus.
+    name alone, and by `{id}.*`; a row without `img_path` and without such a file is text only. Order is the input's. A
+    row that repeats an earlier one is left out; one that shares only the id is kept as `id#2`. What is left out is
+    listed in `rejected.jsonl` of the corpus.
 
     Args:
         source: a .jsonl or .parquet file, or a folder of them.
@@ -55,7 +56,7 @@ def import_vlfeedback(
         dst,
         parse=parse_row,
         name="vlfeedback",
-        repeated_ids="reject",
+        identical_rows="leave out",
         shards=shards,
         workers=workers,
         progress=progress,

@@ -107,8 +107,8 @@ def _row(folder: Path, index: int, rng: random.Random) -> dict:
     ]
     if index % 9 == 4:  # the judge gave no rating: this response takes part in no pair
         completions[index % 4]["annotations"]["Visual Faithfulness"]["Rating"] = "N/A"
-    if index % 16 == 7:  # two responses rated alike: no pair of these two
-        completions[1]["annotations"] = completions[0]["annotations"]
+    if index % 16 == 7:  # the two best are rated alike: no pair of these two
+        completions[levels.index(4)]["annotations"] = completions[levels.index(5)]["annotations"]
     return {
         "id": name,
         "prompt": PROMPTS[index % len(PROMPTS)],
@@ -119,7 +119,7 @@ def _row(folder: Path, index: int, rng: random.Random) -> dict:
 
 
 def _annotations(level: int, rng: random.Random) -> dict:
-    """The judge's three aspects; none moves by more than a point, so the mean keeps the order of the levels."""
+    """The judge's three aspects; none moves by more than a point, so that means hardly leave the levels' order."""
     ratings = {
         "Helpfulness": level,
         "Ethical Considerations": rng.choice((4, 5)),

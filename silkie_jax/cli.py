@@ -5,8 +5,10 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+from data_prep.cli import add_verbs as add_corpus_verbs
 from silkie_jax.errors import UserError
 
 
@@ -60,6 +62,8 @@ def make_parser() -> argparse.ArgumentParser:
     source.add_argument("--pairs", metavar="FILE", help="rows of image, prompt, chosen, rejected: JSONL or parquet")
     p.add_argument("--images", metavar="DIR_OR_ZIP", help="where the images are; default: beside the rows")
     p.add_argument("dst", help="the corpus folder to make, or to complete")
+
+    add_corpus_verbs(partial(verb, corpus))
 
     p = verb(verbs, "train", _train, "Train by DPO or supervised fine-tuning; continues a run that was cut off.")
     p.add_argument("config", help="a YAML file")

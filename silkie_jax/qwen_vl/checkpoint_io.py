@@ -23,7 +23,7 @@ from absl import logging
 from silkie_jax.errors import UserError
 from silkie_jax.qwen_vl.config import QwenVLConfig
 from silkie_jax.qwen_vl.names import Leaf, leaves, misfits, shorten
-from silkie_jax.qwen_vl.tensor_files import BFLOAT16, StoredTensor, list_folder, nbytes
+from silkie_jax.qwen_vl.tensor_files import BFLOAT16, OTHER, StoredTensor, list_folder, nbytes
 
 MARKER = "silkie.json"
 WEIGHTS = "weights"
@@ -119,7 +119,7 @@ class HuggingFaceFolder:
         expected = {name: leaf.official for leaf in self.tree.values() for name in leaf.names}
         found = {name: tensor.shape for name, tensor in listing.tensors.items()}
         problems = listing.problems + misfits(found, expected, listing.lost)
-        strange = [n for n in expected if n in listing.tensors and listing.tensors[n].dtype is None]
+        strange = [n for n in expected if n in listing.tensors and listing.tensors[n].dtype == OTHER]
         if strange:
             problems.append(f"not of a floating-point type: {shorten(strange)}")
         if problems:
@@ -151,7 +151,9 @@ class ConvertedFolder:
         _check_marker(folder / MARKER)
         weights = folder / WEIGHTS
         found = {p.parent.name for p in weights.glob("*/.zarray")}
-        opening = {path: ts.open(_spec(weights, path), context=_context()) for path in self.tree if path in found}
+        # The cache spares reading a chunk once a layer where a small leaf's layers are read one at a time.
+        context = ts.Context({"cache_pool": {"total_bytes_limit": 2 * _PIECE}})
+        opening = {path: ts.open(_spec(weights, path), context=context) for path in self.tree if path in found}
         try:
             self._stores = {path: future.result() for path, future in opening.items()}
         except ValueError as e:
@@ -183,19 +185,15 @@ def _check_marker(path: Path) -> None:
 
 def _broken(weights: Path, path: str, store: ts.TensorStore) -> Iterator[Path]:
     """Files of an uncompressed array that are absent or not whole."""
-    if store.spec().to_json()["metadata"]["compressor"] is not None:
+    metadata = store.spec().to_json()["metadata"]
+    if metadata["compressor"] is not None:
         return
-    chunk = store.chunk_layout.write_chunk.shape
+    chunk = metadata["chunks"]
     size = math.prod(chunk) * store.dtype.numpy_dtype.itemsize
     for place in np.ndindex(*(-(-n // c) for n, c in zip(store.shape, chunk, strict=True))):
         file = weights / path / ".".join(map(str, place))
         if not file.is_file() or file.stat().st_size != size:
             yield file
-
-
-def _context() -> ts.Context:
-    # The cache spares reading a chunk once a layer when a small leaf's layers are read one at a time.
-    return ts.Context({"cache_pool": {"total_bytes_limit": 2 * _PIECE}})
 
 
 def _spec(weights: Path, path: str) -> dict[str, Any]:
@@ -262,7 +260,10 @@ def lay_out(
         stores[path] = ts.open(spec).result()
 
     def write(piece: Piece, values: np.ndarray) -> None:
-        stores[piece.leaf.path][piece.index].write(values).result()
+        try:
+            stores[piece.leaf.path][piece.index].write(values).result()
+        except ValueError as e:
+            raise UserError(f"{folder}: cannot be written ({_first_line(e)})") from None
 
     return write
 

@@ -39,7 +39,7 @@ def convert(src: str | Path, dst: str | Path, dtype: str | None = None, progress
       UserError: `src` is not a sound checkpoint (everything wrong with it in one line), `dst` exists, or the disk
         is too small.
     """
-    target = parse_dtype(dtype)
+    target = dtype and parse_dtype(dtype)
     source = open_source(resolve(src))
     dtypes = {path: target or stored for path, stored in source.dtypes.items()}
     sizes = {path: nbytes(dtypes[path], leaf.shape) for path, leaf in source.tree.items()}
@@ -67,10 +67,8 @@ def _tasks(
             yield partial(move, piece, dtypes[path])
 
 
-def parse_dtype(name: str | None) -> np.dtype | None:
-    """The type that weights are to be stored in."""
-    if name is None:
-        return None
+def parse_dtype(name: str) -> np.dtype:
+    """The type of that name, if weights may be of it."""
     if name not in STORED_DTYPES:
         raise UserError(f"dtype: {name!r} is not one of {', '.join(STORED_DTYPES)}")
     return STORED_DTYPES[name]
@@ -88,7 +86,7 @@ def resolve(src: str | Path) -> Path:
     except ImportError:
         raise UserError(f"{src}: no such folder; to fetch it from the hub, pip install transformers") from None
     try:
-        files = [file.rfilename for file in HfApi().model_info(name, timeout=20).siblings]
+        files = [file.rfilename for file in HfApi().model_info(name, timeout=20).siblings or ()]
         weights = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "pytorch_model*.bin"
         return Path(snapshot_download(name, allow_patterns=[*TRAVELS, weights]))
     except Exception as offline:  # the client raises its own, its HTTP library's and the operating system's errors

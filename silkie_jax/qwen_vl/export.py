@@ -44,7 +44,7 @@ def export(
     Raises:
       UserError: `src` or `adapter` is not sound, `dst` exists, or the disk is too small.
     """
-    target = parse_dtype(dtype)
+    target = dtype and parse_dtype(dtype)
     source = open_source(resolve(src))
     merged = None if adapter is None else open_adapter(adapter, source.tree)
     dtypes = {path: target or stored for path, stored in source.dtypes.items()}

@@ -1,5 +1,6 @@
 """Folders that appear whole or not at all, and the files that travel with a model's weights."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -28,13 +29,16 @@ def new_folder(dst: str | Path, *, replace: str | None = None) -> Iterator[Path]
       UserError: `dst` exists, or another process is writing it.
     """
     dst = Path(dst)
-    partial = dst.with_name(dst.name + ".partial")
+    partial = Path(os.path.abspath(dst) + ".partial")
     occupied = dst.is_file() or (dst.is_dir() and any(dst.iterdir()))
     if occupied and not (replace and (dst / replace).is_file()):
         raise UserError(f"{dst}: already exists; remove it or choose another name")
     if partial.is_dir() and any(partial.iterdir()) and not (partial / _LOCK).exists():
         raise UserError(f"{partial}: in the way, and not a leftover of ours; remove it")
-    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{partial}: cannot be made ({e.strerror})") from None
     with open(partial / _LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
@@ -49,8 +53,10 @@ def new_folder(dst: str | Path, *, replace: str | None = None) -> Iterator[Path]
                 _remove(dst)
             partial.rename(dst)
             _sync_folder(dst.parent)
-        except BaseException:
+        except BaseException as e:
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+                raise UserError(f"{dst}: the disk is full") from None
             raise
 
 

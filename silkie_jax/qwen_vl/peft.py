@@ -28,7 +28,7 @@ from silkie_jax.qwen_vl.names import (
     shorten,
 )
 from silkie_jax.qwen_vl.output import new_folder
-from silkie_jax.qwen_vl.tensor_files import StoredTensor, list_files, plan_shards
+from silkie_jax.qwen_vl.tensor_files import OTHER, StoredTensor, list_files, plan_shards
 
 CONFIG = "adapter_config.json"
 # Fields of adapter_config.json that change what an adapter computes, with the only values understood here.
@@ -107,7 +107,7 @@ def open_adapter(folder: str | Path, tree: Mapping[str, Leaf]) -> Adapter:
     problems = list(listing.problems)
     if not problems:
         problems = misfits({name: tensor.shape for name, tensor in tensors.items()}, expected)
-        strange = [name for name, tensor in tensors.items() if tensor.dtype is None]
+        strange = [name for name, tensor in tensors.items() if tensor.dtype == OTHER]
         if strange:
             problems.append(f"not of a floating-point type: {shorten(strange)}")
     if problems:

@@ -11,6 +11,7 @@ import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -20,6 +21,7 @@ from silkie_jax.errors import UserError
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Types of weights by their name in a safetensors header (https://github.com/huggingface/safetensors, "Format").
 DTYPES = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": BFLOAT16}
+OTHER = np.dtype(np.void)
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -31,7 +33,7 @@ class StoredTensor:
     """One tensor in a file: raw, contiguous, little-endian, in C order."""
 
     name: str
-    dtype: np.dtype | None  # None: a type that weights never have
+    dtype: np.dtype  # OTHER: a type that weights never have
     shape: tuple[int, ...]
     path: Path
     offset: int  # bytes from the start of the file
@@ -42,7 +44,7 @@ class StoredTensor:
         buffer = np.empty(stop - start, self.dtype)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset + start * size)
-            view = memoryview(buffer.view(np.uint8))
+            view = buffer.view(np.uint8).data
             while view:
                 count = file.readinto(view)
                 if not count:
@@ -129,7 +131,7 @@ def read_safetensors_header(path: Path) -> list[StoredTensor]:
                 raise _BrokenFile(f"is truncated or no safetensors file ({size} bytes)")
             if length > _MAX_HEADER:
                 raise _BrokenFile(f"has a header of {length} bytes, more than safetensors allows")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_table)
     except FileNotFoundError:
         raise _BrokenFile("is missing") from None
     except OSError as e:
@@ -146,12 +148,12 @@ def read_safetensors_header(path: Path) -> list[StoredTensor]:
             first, last = entry["data_offsets"]
             shape = tuple(entry["shape"])
             code = entry["dtype"]
-            if not all(type(n) is int and n >= 0 for n in (*shape, first, last)):
+            if not all(type(n) is int and n >= 0 for n in (*shape, first, last - first)):
                 raise TypeError
         except (TypeError, KeyError, ValueError):
             raise _BrokenFile(f"has a malformed entry for {name}") from None
-        dtype = DTYPES.get(code)
-        if dtype is not None and last - first != math.prod(shape) * dtype.itemsize:
+        dtype = DTYPES.get(code, OTHER)
+        if dtype != OTHER and last - first != math.prod(shape) * dtype.itemsize:
             raise _BrokenFile(f"gives {name} {last - first} bytes, but {code} {list(shape)} needs another number")
         tensors.append((first, last, StoredTensor(name, dtype, shape, path, start + first)))
     tensors.sort(key=lambda t: t[:2])
@@ -165,6 +167,14 @@ def read_safetensors_header(path: Path) -> list[StoredTensor]:
     if start + end < size:
         raise _BrokenFile(f"has {size - start - end} bytes that belong to no tensor")
     return [tensor for _, _, tensor in tensors]
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise _BrokenFile(f"has two entries for {twice}")
+    return table
 
 
 def read_torch_header(path: Path) -> list[StoredTensor]:
@@ -212,7 +222,7 @@ def read_torch_header(path: Path) -> list[StoredTensor]:
         offset += tensor.storage_offset() * tensor.element_size()
         if offset + tensor.nbytes > size:
             raise _BrokenFile(f"is truncated inside {name}")
-        dtype = DTYPES.get(kinds.get(tensor.dtype, ""))
+        dtype = DTYPES.get(kinds.get(tensor.dtype, ""), OTHER)
         tensors.append(StoredTensor(name, dtype, shape, path, offset))
     return tensors
 
@@ -240,7 +250,7 @@ class Shard:
         with open(folder / self.file, "wb", buffering=0) as file:
             file.write(self.header())
             for piece in pieces:
-                view = memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+                view = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
                 while view:
                     view = view[file.write(view) :]
             os.fsync(file.fileno())

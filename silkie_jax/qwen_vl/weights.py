@@ -1,6 +1,5 @@
 """Loading a checkpoint into a model, each device getting just its slice, and saving a trained model as a checkpoint."""
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -79,6 +78,7 @@ def _load_leaf(source: Source, leaf: Leaf, dtype: np.dtype, sharding: Sharding) 
     """Fills the slices that this process's devices need, in one pass over the stored pieces."""
     devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        assert index is not None
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
         devices.setdefault(bounds, []).append(device)
     slices = {bounds: _aligned_empty([b - a for a, b in bounds], dtype) for bounds in devices}
@@ -131,30 +131,32 @@ def save_model(model: QwenVL, dst: str | Path, like: str | Path, dtype: str | No
       like: the checkpoint the model began as: its tokenizer and configuration files are copied.
       dtype: "float32" or "bfloat16"; None keeps the arrays' own types.
     """
-    target = parse_dtype(dtype)
+    target = dtype and parse_dtype(dtype)
     tree = leaves(model.config)
     arrays = {".".join(keys): variable[...] for keys, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     dtypes = {path: target or np.dtype(arrays[path].dtype) for path in tree}
-    writes = jax.process_index() == 0
-    with new_folder(dst, replace=MARKER) if writes else contextlib.nullcontext() as folder:
-        if writes:
-            check_room(folder, sum(nbytes(dtypes[path], leaf.shape) for path, leaf in tree.items()))
-            copy_side_files(Path(like), folder)
-            write = lay_out(folder, tree, dtypes)
-        for path, leaf in tree.items():
-            for piece in pieces(leaf, dtypes[path]):
-                values = _gather(arrays[path], piece)
-                if writes:
-                    write(piece, values.astype(dtypes[path], copy=False))
-        if writes:
-            write_marker(folder, dtypes.values())
+    parts = (
+        (piece, _gather(arrays[path], piece)) for path, leaf in tree.items() for piece in pieces(leaf, dtypes[path])
+    )
+    if jax.process_index() != 0:
+        for _ in parts:  # gathering needs every process
+            pass
+        return
+    with new_folder(dst, replace=MARKER) as folder:
+        check_room(folder, sum(nbytes(dtypes[path], leaf.shape) for path, leaf in tree.items()))
+        copy_side_files(Path(like), folder)
+        write = lay_out(folder, tree, dtypes)
+        for piece, values in parts:
+            write(piece, values.astype(dtypes[piece.leaf.path], copy=False))
+        write_marker(folder, dtypes.values())
 
 
 def _gather(array: jax.Array, piece: Piece) -> np.ndarray:
     """A piece of an array that may be spread over the devices of several hosts."""
     starts = (*(s.start for s in piece.index), *(0 for _ in piece.leaf.shape[len(piece.index) :]))
-    spread = isinstance(array.sharding, NamedSharding)
-    everywhere = NamedSharding(array.sharding.mesh, PartitionSpec()) if spread else None
+    everywhere = None
+    if isinstance(array.sharding, NamedSharding):
+        everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
     return np.asarray(_cut(array, starts, piece.shape, everywhere).addressable_data(0))
 
 

@@ -114,13 +114,12 @@ def test_everything_that_can_be_wrong_is_counted_and_listed(tmp_path, images):
     with open(source, "ab") as file:
         file.write(b'{"id": "\xff"}\n')
     summary, records = run(source, images, tmp_path / "corpus", max_pixels=249_999)
-    assert [record.id for record in records] == ["a", "d", "e", "f", "7"]
-    assert [len(record.images) for record in records] == [1, 1, 1, 1, 0]
-    assert [response.text for response in records[1].responses] == ["kept", "too"]
+    assert [record.id for record in records] == ["a", "a#2", "d", "e", "f", "7"]
+    assert [len(record.images) for record in records] == [1, 1, 1, 1, 1, 0]
+    assert [response.text for response in records[2].responses] == ["kept", "too"]
     assert summary.rejected == {
         "malformed JSON": 4,
         "duplicate id, identical row": 1,
-        "duplicate id, differing row": 1,
         "image path points outside": 2,
         "image not found": 1,
         "unreadable image": 1,
@@ -133,11 +132,11 @@ def test_everything_that_can_be_wrong_is_counted_and_listed(tmp_path, images):
     }
     assert summary.rows == 23 == summary.records + sum(summary.rejected.values())
     assert (summary.duplicate_ids_identical, summary.duplicate_ids_differing, summary.unreadable_images) == (1, 1, 2)
-    assert (summary.images, summary.text_only, summary.dropped_responses) == (4, 1, 1)
+    assert (summary.images, summary.text_only, summary.dropped_responses) == (5, 1, 1)
     assert summary.ratings_outside_1_to_5 == 3
     assert summary.missing_ratings == 3
     listed = rejections(tmp_path / "corpus")
-    assert sum(line["what"] == "row" for line in listed) == 18
+    assert sum(line["what"] == "row" for line in listed) == 17
     assert [line["line"] for line in listed] == sorted(line["line"] for line in listed)
     assert listed[0] == {
         "what": "row",
@@ -153,6 +152,23 @@ def test_everything_that_can_be_wrong_is_counted_and_listed(tmp_path, images):
     assert json.loads((tmp_path / "corpus" / "summary.json").read_text())["rows"] == 23
     for part in ("rows ", "23", "mean_rating", "image too large", "missing ratings"):
         assert part in summary.table()
+
+
+def test_rows_that_share_an_id(tmp_path, images):
+    """What says something new is kept under a name of its own; what repeats any earlier row is not."""
+    first, second, third = row("a"), row("a", prompt="another"), row("a", prompt="a third")
+    reordered = json.dumps(dict(reversed(second.items())), indent=None, separators=(",", ":"))
+    other = row("a#2", img_path="a.jpg")
+    rows = [first, second, first, reordered, other, third, third, other]
+    summary, records = run(write_rows(tmp_path / "rows.jsonl", rows), images, tmp_path / "corpus")
+    assert [record.id for record in records] == ["a", "a#2", "a#2#2", "a#3"]
+    assert [record.prompt for record in records] == ["prompt of a", "another", "prompt of a#2", "a third"]
+    assert (summary.duplicate_ids_identical, summary.duplicate_ids_differing) == (4, 2)
+    assert summary.rejected == {"duplicate id, identical row": 4}
+    assert [line["detail"] for line in rejections(tmp_path / "corpus")] == [
+        f"first seen in row {number}" for number in (1, 2, 6, 5)
+    ]
+    assert len({record.images for record in records}) == 1
 
 
 def test_images_from_a_zip(tmp_path, images):

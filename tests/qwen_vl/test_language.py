@@ -84,7 +84,7 @@ def test_rms_norm_of_bfloat16_normalises_in_float32():
 def test_softmax_of_bfloat16_is_float32():
     """2048 equal weights: a sum in bfloat16 stops growing at 256."""
     zeros, ones = jnp.zeros((1, 2048, 1, 8), jnp.bfloat16), jnp.ones((1, 2048, 1, 8), jnp.bfloat16)
-    out = attention(zeros, zeros, ones)
+    out = jax.jit(attention)(zeros, zeros, ones)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(out, np.float32), 1, rtol=2**-7)
 
@@ -120,19 +120,21 @@ def test_attention_equals_the_formula_and_is_finite_where_nothing_is_seen():
     mask = rng.random((2, 4, 6)) < 0.5
     mask[0, 1] = False
     mask[1, 2] = [0, 0, 0, 1, 0, 0]
-    ours = np.asarray(attention(q, k, v, mask))
+    ours = np.asarray(jax.jit(attention)(q, k, v, mask))
     expected = reference.attend(*(a.astype(np.float64) for a in (q, k, v)), mask).reshape(ours.shape)
     assert np.isfinite(ours).all()
     sees = mask.any(-1)
     np.testing.assert_allclose(ours[sees], expected[sees], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(attention(q, k, v).reshape(2, 4, -1), reference.attend(q, k, v), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(attention)(q, k, v).reshape(2, 4, -1), reference.attend(q, k, v), rtol=0, atol=1e-6
+    )
 
 
 def test_gradients_through_padding_are_finite():
     """A row's padding on the left sees nothing at all; its softmax must not turn gradients into NaN."""
     x = np.random.default_rng(0).standard_normal((1, 4, 1, 8)).astype(np.float32)
     mask = branch_mask(jnp.array([[-1, -1, 0, 0]]))
-    gradient = jax.grad(lambda x: attention(x, x, x, mask)[:, 2:].sum())(x)
+    gradient = jax.jit(jax.grad(lambda x: attention(x, x, x, mask)[:, 2:].sum()))(x)
     assert np.isfinite(gradient).all()
     assert (np.asarray(gradient)[:, :2] == 0).all()
 

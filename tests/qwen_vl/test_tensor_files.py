@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from silkie_jax.errors import UserError
-from silkie_jax.qwen_vl.tensor_files import index_of, list_files, list_folder, plan_shards
+from silkie_jax.qwen_vl.tensor_files import OTHER, index_of, list_files, list_folder, plan_shards
 
 
 def save(folder, file, **tensors):
@@ -40,7 +40,7 @@ def test_reads_any_part_of_a_tensor_of_any_float_type(tmp_path, dtype):
 def test_a_type_that_weights_never_have_is_listed_without_a_type(tmp_path):
     save(tmp_path, "model.safetensors", ids=np.arange(4))
     listing = list_folder(tmp_path)
-    assert listing.tensors["ids"].dtype is None
+    assert listing.tensors["ids"].dtype == OTHER
     assert not listing.problems
 
 
@@ -92,6 +92,8 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": 1}, bytes(8), "malformed entry for a"),
         ({"a": ENTRY}, bytes(4), "is truncated"),
         ({"a": ENTRY}, bytes(12), "4 bytes that belong to no tensor"),
+        ({"a": {"dtype": "U4", "shape": [2], "data_offsets": [8, 0]}}, bytes(8), "malformed entry for a"),
+        (b'{"a": {}, "b": {}, "a": {}}', b"", "two entries for a"),
         ([], b"", "not a table of tensors"),
         (b"{", b"", "header that is not JSON"),
         (b"\xff" * 8, b"", "header that is not JSON"),
@@ -172,7 +174,7 @@ class TestTorchFiles:
 
     def test_integers_are_listed_without_a_type(self, tmp_path, torch):
         torch.save({"ids": torch.arange(3)}, tmp_path / "pytorch_model.bin")
-        assert list_folder(tmp_path).tensors["ids"].dtype is None
+        assert list_folder(tmp_path).tensors["ids"].dtype == OTHER
 
     def test_what_is_not_plain_tensors_is_refused(self, tmp_path, torch):
         import os

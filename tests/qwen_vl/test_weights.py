@@ -139,7 +139,7 @@ def test_the_default_device_is_respected(tiny):
     assert model.language.wte[...].sharding == SingleDeviceSharding(device)
 
 
-def test_a_trained_model_is_saved_and_read_back(small_pieces, tiny, converted, tmp_path):
+def test_a_trained_model_is_saved_and_read_back(tiny, converted, tmp_path):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     model = load_model(
         tiny, sharding_of=lambda axes, shape: NamedSharding(mesh, PartitionSpec(*(AXES.get(a) for a in axes)))

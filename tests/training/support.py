@@ -19,6 +19,7 @@ from silkie_jax.corpus import Record, Response
 from silkie_jax.corpus.shards import CorpusBuilder
 from silkie_jax.preference.batches import Batch, collate, decode_images
 from silkie_jax.preference.rows import Row, make_row
+from silkie_jax.qwen_vl.attention import PADDING
 from silkie_jax.qwen_vl.model import QwenVL
 from silkie_jax.training.loop import put
 from silkie_jax.training.step import Objective, Step, branch_count, trainable_filter
@@ -86,9 +87,21 @@ def write_corpus(folder: Path, records: Iterable[Record]) -> Path:
     return folder
 
 
-def rows_arrays(tokenizer, rows: Sequence[Row | None], accumulate: int = 1) -> dict[str, np.ndarray]:
-    """The arrays [A, B, ...] of a batch of these rows."""
-    flat = collate(rows, tokenizer.end_of_text) | decode_images(rows, SIDE)
+def rows_arrays(
+    tokenizer, rows: Sequence[Row | None], accumulate: int = 1, length: int = 0, labels: int = 0
+) -> dict[str, np.ndarray]:
+    """The arrays [A, B, ...] of a batch of these rows, padded to at least `length` tokens and `labels` labels.
+
+    Batches of one shape are compiled once.
+    """
+    flat = collate(rows, tokenizer.end_of_text)
+    for name, size, filler in (
+        *((name, length, filler) for name, filler in (("tokens", 0), ("positions", 0), ("branches", PADDING))),
+        *((name, labels, 0) for name in ("predecessors", "labels", "label_branches")),
+    ):
+        missing = max(size - flat[name].shape[1], 0)
+        flat[name] = np.pad(flat[name], ((0, 0), (0, missing)), constant_values=filler)
+    flat |= decode_images(rows, SIDE)
     return {k: v.reshape(accumulate, len(rows) // accumulate, *v.shape[1:]) for k, v in flat.items()}
 
 

@@ -1,0 +1,383 @@
+"""A run's replies into a corpus: parsed anew, averaged, cut into shards, each made by one process. Costs nothing.
+
+The same replies give the same bytes, whoever writes them: `Job.make` is what every worker does, a process of this
+machine or a worker of Apache Beam (`beam_build.py`), and a shard depends on its own instructions alone.
+"""
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from data_prep.aggregate import KINDS, check_scales, to_record
+from data_prep.config import make
+from data_prep.importing import finished_before
+from data_prep.rejections import Rejection
+from data_prep.rubric import Rubric
+from data_prep.store import Gathered, Run
+from data_prep.summary import Summary, counts_of, pairs_by_rule
+from silkie_jax.corpus.reader import IndexRow
+from silkie_jax.corpus.schema import Record
+from silkie_jax.corpus.shards import FORMAT, MANIFEST, CorpusBuilder, Entry
+from silkie_jax.corpus.splits import split
+from silkie_jax.errors import UserError
+
+VERSION = 1  # of the way replies become records; a resumed build keeps no shard that another version made
+_PER_SHARD = 1000
+Runner = Literal["processes", "beam"]
+
+
+def build(
+    run: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    name: str = "corpus",
+    judges: list[str] | None = None,
+    partial: bool = False,
+    evaluation: str | os.PathLike[str] | None = None,
+    evaluation_fraction: float = 0.005,
+    seed: int = 0,
+    shards: int | None = None,
+    workers: int | None = None,
+    runner: Runner = "processes",
+    beam_options: list[str] | None = None,
+    progress: bool = True,
+) -> Summary:
+    """Builds a corpus of a run; run the same call again to resume one that was interrupted.
+
+    Args:
+        run: the run folder.
+        dst: the corpus folder to make.
+        name: of the data set, in file names: lower-case letters, digits, underscores.
+        judges: those whose ratings count; all by default.
+        partial: whether to build although requests are open or nothing has been rated.
+        evaluation: a second corpus, of instructions held out of `dst`. Instructions that share an image, or a prompt
+            where there is no image, are held out together.
+        evaluation_fraction: how much of the instructions to hold out, where `evaluation` is given.
+        seed: of what is held out.
+        shards: number of files; one for about 1,000 instructions by default.
+        workers: processes; as many as there are processors by default.
+        runner: "processes" of this machine, or "beam".
+        beam_options: Apache Beam's own options, such as `--runner=FlinkRunner`.
+        progress: whether to show progress on stderr.
+
+    Returns:
+        What `dst` holds, also saved as its `summary.json`.
+
+    Raises:
+        UserError: the run is unfinished or has no responses, judges cannot be averaged, or `dst` holds something else.
+    """
+    if workers is not None and workers < 1:
+        raise UserError(f"workers: {workers} is not at least 1")
+    with Run.open(run) as opened:
+        rubrics = _rubrics(opened, judges)
+        total = _check(opened, rubrics, partial)
+        held_out = _hold_out(opened, evaluation_fraction, seed) if evaluation is not None else frozenset()
+        spending = _spending(opened, list(rubrics))
+    shards = math.ceil(total / _PER_SHARD) if shards is None else min(shards, total)
+    job = Job(str(run), str(dst), name, shards, total, {key: asdict(value) for key, value in rubrics.items()}, held_out)
+    everywhere = _Side(runner, workers or os.cpu_count() or 1, beam_options or [], progress, spending)
+    if evaluation is not None:
+        others = frozenset(range(1, total + 1)) - held_out
+        _build_one(
+            Job(job.run, str(evaluation), name, min(shards, len(held_out)), total, job.rubrics, others), everywhere
+        )
+    return _build_one(job, everywhere)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that making one shard needs; can be sent to another process.
+
+    Attributes:
+        run, dst: folders.
+        name: of the data set.
+        shards: how many.
+        total: instructions of the run.
+        rubrics: judge -> rubric as a mapping; replies of other judges do not count.
+        excluded: numbers of instructions that belong to another corpus.
+    """
+
+    run: str
+    dst: str
+    name: str
+    shards: int
+    total: int
+    rubrics: dict[str, dict[str, Any]]
+    excluded: frozenset[int] = frozenset()
+
+    @property
+    def settings(self) -> str:
+        return json.dumps([VERSION, FORMAT, self.name, self.rubrics])
+
+    def make(self, number: int) -> Entry:
+        """Makes a shard, unless an earlier run did."""
+        first, last = (self.total * n // self.shards for n in (number, number + 1))
+        builder = CorpusBuilder(self.dst, self.name, self.shards)
+        with Run.open(self.run) as run:
+            digest = hashlib.sha256(self.settings.encode())
+            for gathered in self._gathered(run, first + 1, last):
+                digest.update(_content(gathered))
+            key = digest.hexdigest()
+            if entry := builder.finished(number, key):
+                return entry
+            notes: dict[str, Any] = {}
+            return builder.write(number, key, self._records(run, first + 1, last, notes), notes)
+
+    def _gathered(self, run: Run, first: int, last: int) -> Iterator[Gathered]:
+        for gathered in run.gathered(first, last):
+            if gathered.instruction.number not in self.excluded:
+                replies = tuple(reply for reply in gathered.replies if reply.judge in self.rubrics)
+                yield Gathered(gathered.instruction, gathered.responses, replies)
+
+    def _records(self, run: Run, first: int, last: int, notes: dict[str, Any]) -> Iterator[Record]:
+        """The records of a shard, one at a time; fills `notes` at the end."""
+        rubrics = {judge: make(rubric, Rubric) for judge, rubric in self.rubrics.items()}
+        counts: Counter[str] = Counter()
+        pair_counts: Counter[str] = Counter()
+        kinds: dict[str, Counter[str]] = {judge: Counter() for judge in rubrics}
+        rejections = []
+        for gathered in self._gathered(run, first, last):
+            counts["rows"] += 1
+            instruction = gathered.instruction
+            if not gathered.responses:
+                where = Rejection(
+                    instruction.number, "", 0, "row", instruction.id, "no usable response", "no model gave one"
+                )
+                rejections.append(asdict(where))
+                continue
+            record = to_record(gathered, rubrics, [run.image(image) for image in instruction.images])
+            for judgement in record.extra.get("judgements", ()):
+                kinds[judgement["judge"]][judgement["kind"]] += 1
+            counts.update(counts_of(record))
+            pair_counts.update(pairs_by_rule(record))
+            yield record
+        notes.update(counts=dict(counts), pairs=dict(pair_counts), rejections=rejections)
+        notes["kinds"] = {judge: dict(counter) for judge, counter in kinds.items()}
+
+
+@dataclass(frozen=True)
+class _Side:
+    """How to run jobs, and what the manifest says beside the records."""
+
+    runner: Runner
+    workers: int
+    beam_options: list[str]
+    progress: bool
+    spending: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _build_one(job: Job, side: _Side) -> Summary:
+    if (Path(job.dst) / MANIFEST).exists():
+        return finished_before(Path(job.dst), _input(job))
+    key = _input(job)
+    with CorpusBuilder(job.dst, job.name, job.shards) as builder:
+        if side.runner == "beam":
+            from data_prep.beam_build import run_on_beam
+
+            run_on_beam(job, side.beam_options)
+            entries = [job.make(number) for number in range(job.shards)]  # as Beam's workers left them
+        else:
+            entries = _run_all(job, side)
+        return _finish(builder, job, entries, key, side.spending)
+
+
+def _run_all(job: Job, side: _Side) -> list[Entry]:
+    """All shards, in this process where one is enough."""
+    with tqdm(total=job.shards, unit="shard", desc="building", disable=not side.progress, mininterval=0.5) as bar:
+        if min(side.workers, job.shards) == 1:
+            entries = []
+            for number in range(job.shards):
+                entries.append(job.make(number))
+                bar.update()
+            return entries
+        context = multiprocessing.get_context("spawn")  # threads of gRPC and of SQLite do not survive a fork
+        pool = ProcessPoolExecutor(min(side.workers, job.shards), mp_context=context, initializer=_die_with_parent)
+        try:
+            futures = [pool.submit(job.make, number) for number in range(job.shards)]
+            for future in as_completed(futures):
+                future.result()
+                bar.update()
+            return [future.result() for future in futures]
+        except BrokenProcessPool:
+            raise UserError(
+                f"{job.dst}: a worker process was killed (out of memory?): run the same command again to continue, "
+                "with fewer --workers"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _die_with_parent() -> None:
+    """Leaves Ctrl-C to the parent, and ends this worker with it, even if it is killed: nobody writes to a corpus whose
+    lock is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _finish(
+    builder: CorpusBuilder, job: Job, entries: list[Entry], key: str, spending: list[dict[str, Any]]
+) -> Summary:
+    """Sums up the shards and completes the corpus."""
+    counts: Counter[str] = Counter()
+    pairs: Counter[str] = Counter()
+    kinds: dict[str, Counter[str]] = {judge: Counter() for judge in job.rubrics}
+    for entry in entries:
+        counts.update(entry.notes["counts"])
+        pairs.update(entry.notes["pairs"])
+        for judge, found in entry.notes["kinds"].items():
+            kinds[judge].update(found)
+    rejections = [Rejection(**fields) for entry in entries for fields in entry.notes["rejections"]]
+    records = sum(entry.shard.records for entry in entries)
+    if not records:
+        raise UserError(f"none of the {counts['rows']} instructions of {job.run} has a response: nothing to build")
+    summary = Summary(
+        rows=counts["rows"],
+        records=records,
+        images=counts["images"],
+        text_only=counts["text_only"],
+        responses=counts["responses"],
+        dropped_responses=0,
+        ratings=counts["ratings"],
+        missing_ratings=counts["missing_ratings"],
+        ratings_outside_1_to_5=counts["ratings_outside_1_to_5"],
+        duplicate_ids_identical=0,
+        duplicate_ids_differing=0,
+        unreadable_images=0,
+        refused_files=0,
+        rejected=dict(Counter(rejection.reason for rejection in rejections)),
+        pairs=dict(pairs),
+    )
+    rubrics = [make(rubric, Rubric) for rubric in job.rubrics.values()]
+    facts = {
+        "aspects": list(dict.fromkeys(name for rubric in rubrics for name in rubric.names)),
+        "input": key,
+        "scales": {name: [rubric.scale.low, rubric.scale.high] for rubric in rubrics for name in rubric.names},
+        "weights": {name: weight for rubric in rubrics for name, weight in rubric.weights.items()},
+        "judges": {
+            judge: {"rubric": job.rubrics[judge]["name"], **{kind: kinds[judge][kind] for kind in KINDS}}
+            for judge in kinds
+        },
+        "spending": spending,
+    }
+    files = {
+        "rejected.jsonl": (rejection.to_json() + "\n" for rejection in rejections),
+        "summary.json": [summary.to_json()],
+    }
+    builder.finish(entries, files, facts)
+    return summary
+
+
+def _rubrics(run: Run, wanted: list[str] | None) -> dict[str, Rubric]:
+    """Judge -> the rubric that it rated by, of the judges that count, in the order of their names."""
+    names = sorted(
+        key.removeprefix("judge:")
+        for (key,) in run.db.execute("SELECT key FROM meta WHERE key LIKE 'judge:%'").fetchall()
+    )
+    for name in wanted or ():
+        if name not in names:
+            raise UserError(f"--judge {name}: the run {run.path} has judges {', '.join(names) or '(none yet)'}")
+    chosen = [name for name in names if wanted is None or name in wanted]
+    rubrics = {name: make(run.settings(f"judge:{name}")["rubric"], Rubric, f"judge {name}") for name in chosen}
+    check_scales(rubrics)
+    return rubrics
+
+
+def _check(run: Run, rubrics: dict[str, Rubric], partial: bool) -> int:
+    """The number of instructions; refuses a run that is not ready."""
+    total = run.count()
+    if not total:
+        raise UserError(f"{run.path} has no instructions yet: add some with `silkie corpus instructions`")
+    waiting = dict(
+        run.db.execute(
+            "SELECT stage, count(*) FROM requests WHERE state NOT IN ('ok', 'failed') GROUP BY stage"
+        ).fetchall()
+    )
+    for stage, count in sorted(waiting.items(), reverse=True):
+        if not partial:
+            raise UserError(
+                f"{run.path}: {count} requests of `silkie corpus {stage}` are still open: finish them first, "
+                "or build what there is with --partial"
+            )
+    if not rubrics and not partial:
+        raise UserError(f"{run.path} has no ratings yet: run `silkie corpus rate`, or build without with --partial")
+    return total
+
+
+def _hold_out(run: Run, fraction: float, seed: int) -> frozenset[int]:
+    """Numbers of the instructions to hold out, by the rule that training uses (`corpus.splits`)."""
+    if not 0 < fraction < 1:
+        raise UserError(f"--evaluation-fraction: {fraction} is not between 0 and 1")
+    index = [IndexRow(i.id, hashlib.sha256(i.prompt.encode()).hexdigest(), i.images, "") for i in run.instructions()]
+    return frozenset(int(position) + 1 for position in split(index, fraction, seed)[1])
+
+
+def _spending(run: Run, judges: list[str]) -> list[dict[str, Any]]:
+    """What the replies that count have cost, by stage and agent. Attempts in vain are not among them: they differ from
+    run to run, and a corpus does not. `silkie corpus report --run` shows them."""
+    rows = run.db.execute(
+        "SELECT r.stage, r.agent, r.state, coalesce(a.model, ''), a.cost, coalesce(a.input_tokens, 0), "
+        "coalesce(a.output_tokens, 0) FROM requests r JOIN attempts a ON a.id = r.attempt "
+        "WHERE r.state IN ('ok', 'failed')"
+    )
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    costs: dict[tuple[str, str], list[float]] = {}
+    for stage, agent, state, model, cost, tokens_in, tokens_out in rows:
+        if stage == "rate" and agent not in judges:
+            continue
+        row = found.setdefault(
+            (stage, agent),
+            {
+                "stage": stage,
+                "agent": agent,
+                "models": set(),
+                "ok": 0,
+                "failed": 0,
+                "input_tokens": 0,
+                "output_tokens": 0,
+            },
+        )
+        row["models"] |= {model} - {""}
+        row[state] += 1
+        row["input_tokens"] += tokens_in
+        row["output_tokens"] += tokens_out
+        costs.setdefault((stage, agent), []).append(cost)
+    return [
+        row | {"models": sorted(row["models"]), "cost": round(math.fsum(costs[key]), 9)}
+        for key, row in sorted(found.items(), reverse=False)
+    ]
+
+
+def _input(job: Job) -> str:
+    """A hash of all that the corpus is made from."""
+    digest = hashlib.sha256(json.dumps([job.settings, job.shards, sorted(job.excluded)]).encode())
+    with Run.open(job.run) as run:
+        for gathered in job._gathered(run, 1, job.total):
+            digest.update(_content(gathered))
+    return digest.hexdigest()
+
+
+def _content(gathered: Gathered) -> bytes:
+    """What a record depends on, as bytes: images by their hashes."""
+    parts = [vars(gathered.instruction), [vars(r) for r in gathered.responses], [vars(r) for r in gathered.replies]]
+    return json.dumps(parts).encode()

@@ -1,0 +1,224 @@
+"""What `respond` and `rate` share: plan the requests, say what they will cost, send them, and sum up."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from data_prep.agents import Agent, read_key
+from data_prep.batch_api import run_batches
+from data_prep.budget import Budget, Estimate, check_prices, estimate, usd
+from data_prep.client import Client
+from data_prep.journal import Journal
+from data_prep.live import Ids, Review, Work, mark_lost, send_all
+from data_prep.local import local_server
+from data_prep.messages import Wire
+from data_prep.progress import Progress
+from data_prep.stopping import Stop
+from data_prep.store import DATABASE, Run
+from silkie_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a stage is run.
+
+    Attributes:
+        budget: USD that the whole run, earlier stages included, may cost; None: no limit.
+        batch: by the Batch API instead of one request at a time.
+        dry_run: plan and estimate, change nothing and send nothing.
+        poll: seconds between looks at a batch.
+        progress: whether to show progress on stderr.
+    """
+
+    budget: float | None = None
+    batch: bool = False
+    dry_run: bool = False
+    poll: float = 30.0
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command of a stage did.
+
+    Attributes:
+        estimates: what was open at its start, by agent.
+        spent_before, spent: USD that the run had cost at its start and at its end.
+        states: state -> requests of the stage at the end.
+        attempts: outcome -> attempts of this command.
+        notes: lines for people.
+    """
+
+    estimates: list[Estimate]
+    spent_before: float
+    spent: float
+    states: dict[str, int]
+    attempts: dict[str, int]
+    notes: tuple[str, ...] = ()
+
+    def table(self) -> str:
+        """For the terminal."""
+        lines = [estimate_table(self.estimates), f"  spent by this run before: {usd(self.spent_before)}"]
+        if self.attempts:
+            lines += [
+                f"  spent by this run now:    {usd(self.spent)}",
+                "  requests: " + ", ".join(f"{count:,} {state}" for state, count in sorted(self.states.items())),
+                "  attempts: " + ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(self.attempts.items())),
+            ]
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+def estimate_table(estimates: list[Estimate]) -> str:
+    """Requests, tokens and cost that are expected, by agent and in all."""
+    rows = [(e.agent, e.requests, e.input_tokens, e.output_tokens, e.cost) for e in estimates]
+    costs = [e.cost for e in estimates if e.requests]
+    total = None if None in costs else sum(costs)  # type: ignore[arg-type]
+    rows.append(("all", *(sum(row[n] for row in rows) for n in (1, 2, 3)), total))  # type: ignore[misc]
+    width = max(len(row[0]) for row in rows)
+    lines = [f"  {'expected':<{width}} {'requests':>10} {'tokens in':>13} {'tokens out':>13} {'cost':>12}"]
+    for name, requests, tokens_in, tokens_out, cost in rows:
+        price = "unknown" if cost is None else usd(cost)
+        lines.append(f"  {name:<{width}} {requests:>10,} {tokens_in:>13,.0f} {tokens_out:>13,.0f} {price:>12}")
+    return "\n".join(lines)
+
+
+def run_stage(
+    run: Run, stage: str, agents: dict[str, Agent], plan: Callable[[], None], review: Review, options: Options
+) -> Outcome:
+    """Plans and sends all requests of a stage that are not settled.
+
+    Args:
+        run: open for writing.
+        agents: by name.
+        plan: inserts the stage's requests, and leaves those that are there; called within a transaction.
+        review: what makes a verdict of a reply.
+
+    Raises:
+        UserError: the budget is reached, a key or a price is missing, or an endpoint gave up.
+        KeyboardInterrupt: interrupted; what was in flight is stored.
+    """
+    if options.budget is not None:
+        check_prices(agents)
+    keys = {name: read_key(agent, name) for name, agent in agents.items() if not options.dry_run and not agent.local}
+    if not options.dry_run:
+        mark_lost(run)
+    spent = run.spent()
+    try:
+        with run.transaction():
+            plan()
+            estimates = estimate(run.db, stage, agents, options.batch)
+            if options.dry_run:
+                raise _DryRun
+            run.db.execute("UPDATE requests SET state = 'open' WHERE stage = ? AND state = 'postponed'", (stage,))
+    except _DryRun:
+        return Outcome(estimates, spent, spent, {}, {})
+    attempts: Counter[str] = asyncio.run(_send(run, stage, agents, keys, review, options, spent))
+    states = _states(run, stage)
+    outcome = Outcome(estimates, spent, run.spent(), states, dict(attempts))
+    if states.get("postponed"):
+        print(outcome.table())
+        raise UserError(
+            f"{states['postponed']:,} requests could not be answered for now (see the attempts above): "
+            "run the same command again"
+        )
+    return outcome
+
+
+_INTERRUPTED = "interrupted; every reply is stored: run the same command again to continue"
+_IN_BATCHES = " (batches go on at the server)"
+
+
+class _DryRun(Exception):
+    """Takes the plan back."""
+
+
+async def _send(
+    run: Run,
+    stage: str,
+    agents: dict[str, Agent],
+    keys: dict[str, str | None],
+    review: Review,
+    options: Options,
+    spent: float,
+) -> Counter[str]:
+    states = _states(run, stage)
+    total, waiting = sum(states.values()), states.get("open", 0)
+    progress = Progress(stage, total, total - waiting, spent, options.progress)
+    try:
+        async with Journal(run.path / DATABASE) as journal:
+            work = Work(
+                run=run,
+                stage=stage,
+                review=review,
+                budget=Budget(options.budget, spent),
+                journal=journal,
+                stop=Stop(),
+                progress=progress,
+                ids=Ids(run.db, "attempts"),
+                batch_ids=Ids(run.db, "batches"),
+                wire=Wire(run),
+            )
+            async with _clients(_with_open(run, stage, agents), keys) as clients:
+                # A refused request may have made room for another model's: go on until nothing is open.
+                while not work.stop and (busy := _with_open(run, stage, agents)):
+                    for name in busy.keys() - clients.keys():
+                        await clients.start(name, busy[name])
+                    batched = {n: a for n, a in busy.items() if options.batch and a.batch and not a.local}
+                    live = {n: a for n, a in busy.items() if n not in batched}
+                    with work.stop.on_interrupt(_INTERRUPTED + (_IN_BATCHES if batched else "")):
+                        await asyncio.gather(
+                            run_batches(work, batched, clients, options.poll), send_all(work, live, clients)
+                        )
+                    if not options.batch and not work.stop and _all_in_batches(run, stage):
+                        work.stop.set(
+                            UserError(
+                                "the requests that are left wait in batches: add --batch to collect their replies"
+                            )
+                        )
+            work.stop.raise_reason()
+    finally:
+        progress.close()
+    return progress.outcomes
+
+
+class _Clients(dict[str, Client]):
+    """Clients by agent, with the servers of local models; all end together."""
+
+    def __init__(self, stack: AsyncExitStack, keys: dict[str, str | None]):
+        super().__init__()
+        self._stack = stack
+        self._keys = keys
+
+    async def start(self, name: str, agent: Agent) -> None:
+        url = await self._stack.enter_async_context(local_server(agent, name)) if agent.local else None
+        self[name] = await self._stack.enter_async_context(Client(agent, self._keys.get(name), url))
+
+
+@asynccontextmanager
+async def _clients(agents: dict[str, Agent], keys: dict[str, str | None]) -> AsyncIterator[_Clients]:
+    async with AsyncExitStack() as stack:
+        clients = _Clients(stack, keys)
+        for name, agent in agents.items():
+            await clients.start(name, agent)
+        yield clients
+
+
+def _states(run: Run, stage: str) -> dict[str, int]:
+    return dict(run.db.execute("SELECT state, count(*) FROM requests WHERE stage = ? GROUP BY 1", (stage,)))
+
+
+def _with_open(run: Run, stage: str, agents: dict[str, Agent]) -> dict[str, Agent]:
+    rows = run.db.execute("SELECT DISTINCT agent FROM requests WHERE stage = ? AND state = 'open'", (stage,))
+    names = {name for (name,) in rows}
+    return {name: agent for name, agent in agents.items() if name in names}
+
+
+def _all_in_batches(run: Run, stage: str) -> bool:
+    left, in_batches = run.db.execute(
+        "SELECT count(*), coalesce(sum(EXISTS (SELECT 1 FROM attempts a WHERE a.request = r.id "
+        "AND a.outcome IS NULL AND a.batch IS NOT NULL)), 0) FROM requests r WHERE stage = ? AND state = 'open'",
+        (stage,),
+    ).fetchone()
+    return bool(left) and left == in_batches

@@ -1,0 +1,446 @@
+"""A run: a folder with one SQLite file that holds every request and every raw reply, and the images beside it.
+
+    run.sqlite                instructions, requests, attempts with raw replies and their price, batches, configurations
+    images/ab/abcd....jpg     each image once, named by the SHA-256 of its content
+    run.lock                  held by the one process that writes
+
+Nothing that cost money is ever changed or removed: an attempt is written when it is sent and completed when its
+reply is in, and everything else (ratings, records, reports) is derived from these rows, as often as one likes.
+"""
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import secrets
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from silkie_jax.errors import UserError
+
+FORMAT = 1
+DATABASE = "run.sqlite"
+_SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png"}
+_CHUNK = 256  # instructions read at a time
+
+# States of a request: `open` until it has its reply; `ok`; `failed` for good; `postponed` where a later command may
+# have more luck (the server was down). `attempt` is the one that decided.
+_TABLES = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE images (
+    sha256 TEXT PRIMARY KEY, suffix TEXT NOT NULL, width INTEGER NOT NULL, height INTEGER NOT NULL,
+    bytes INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE instructions (
+    number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, prompt TEXT NOT NULL, history TEXT NOT NULL,
+    images TEXT NOT NULL, source TEXT NOT NULL, licence TEXT NOT NULL, extra TEXT NOT NULL
+);
+CREATE TABLE requests (
+    id INTEGER PRIMARY KEY, stage TEXT NOT NULL, instruction INTEGER NOT NULL REFERENCES instructions (number),
+    agent TEXT NOT NULL, slot INTEGER NOT NULL, arrangement TEXT, body TEXT NOT NULL, text_bytes INTEGER NOT NULL,
+    image_tokens INTEGER NOT NULL, state TEXT NOT NULL DEFAULT 'open', attempt INTEGER,
+    UNIQUE (stage, instruction, agent, slot)
+);
+CREATE INDEX requests_by_state ON requests (stage, agent, state, id);
+CREATE TABLE attempts (
+    id INTEGER PRIMARY KEY, request INTEGER NOT NULL REFERENCES requests (id), batch INTEGER REFERENCES batches (id),
+    started REAL NOT NULL, finished REAL, outcome TEXT, http_status INTEGER, reply TEXT, error TEXT, text TEXT,
+    finish_reason TEXT, model TEXT, input_tokens INTEGER, output_tokens INTEGER, cost REAL NOT NULL DEFAULT 0,
+    at_risk REAL NOT NULL DEFAULT 0
+);
+CREATE INDEX attempts_by_request ON attempts (request);
+CREATE INDEX attempts_in_flight ON attempts (batch) WHERE outcome IS NULL;
+CREATE TABLE batches (
+    id INTEGER PRIMARY KEY, stage TEXT NOT NULL, agent TEXT NOT NULL, state TEXT NOT NULL, created REAL NOT NULL,
+    lines INTEGER NOT NULL, name TEXT NOT NULL UNIQUE, file_id TEXT, batch_id TEXT, error TEXT
+);
+"""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction: `images` are SHA-256 of files added to the run, `number` its place in the run, from 1."""
+
+    id: str
+    prompt: str
+    images: tuple[str, ...] = ()
+    history: tuple[tuple[str, str], ...] = ()
+    source: str = ""
+    licence: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class StoredResponse:
+    """One response: `agent` is the pool's name of the model, `model` the name that its server reported."""
+
+    slot: int
+    agent: str
+    model: str
+    text: str
+    outcome: str
+    output_tokens: int | None
+
+
+@dataclass(frozen=True)
+class JudgeReply:
+    """One settled request to a judge.
+
+    Attributes:
+        judge: its name in the configuration.
+        order: which of the orders in which the responses were shown, from 0.
+        arrangement: slots of the responses as shown: "Text n" is the response of slot `arrangement[n - 1]`.
+        text: the raw reply; "" where there is none.
+        outcome: a value of `replies.Outcome` or of the parser; "ok" for a usable reply.
+        finish_reason, model: as reported.
+    """
+
+    judge: str
+    order: int
+    arrangement: tuple[int, ...]
+    text: str
+    outcome: str
+    finish_reason: str
+    model: str
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """All there is of an instruction: responses by slot, replies by judge and order."""
+
+    instruction: Instruction
+    responses: tuple[StoredResponse, ...]
+    replies: tuple[JudgeReply, ...]
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What one agent did in one stage.
+
+    Attributes:
+        requests: state -> count.
+        attempts: outcome -> count; "in flight" for those that wait in a batch or were cut off.
+        input_tokens, output_tokens, cost: as reported by the server; cost in USD by the configured price.
+        at_risk: USD that attempts without a bill (cut off, timed out) may have cost at most.
+        seconds: mean time of an attempt that was answered live.
+        models: names that the server reported.
+    """
+
+    stage: str
+    agent: str
+    requests: Mapping[str, int]
+    attempts: Mapping[str, int]
+    input_tokens: int
+    output_tokens: int
+    cost: float
+    at_risk: float
+    seconds: float
+    models: tuple[str, ...]
+
+
+class Run:
+    """A run folder: `Run.create` writes, in one process at a time; `Run.open` reads. A context manager."""
+
+    def __init__(self, path: Path, db: sqlite3.Connection, lock: Any = None):
+        self.path = path
+        self.db = db
+        self._lock = lock
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str]) -> "Run":
+        """Opens a run for writing, making it where there is none.
+
+        Raises:
+            UserError: another process writes to it, or the folder holds something else.
+        """
+        path = Path(path)
+        if path.is_dir() and not (path / DATABASE).exists() and any(p.name != "run.lock" for p in path.iterdir()):
+            raise UserError(f"{path} holds other files and no {DATABASE}: name a new folder for the run")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = open(path / "run.lock", "w")  # noqa: SIM115 (held as long as the run is open)
+        except OSError as error:
+            raise UserError(f"{path}: a run cannot be made here ({error})") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise UserError(f"another process is working on the run {path}: wait for it, or stop it first") from None
+        run = cls(path, connect(path / DATABASE), lock)
+        with run.transaction():
+            if not run.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
+                for statement in _TABLES.split(";"):
+                    run.db.execute(statement)
+                run.save_settings("format", FORMAT)
+                run.save_settings("run id", secrets.token_hex(8))
+        run._check_format()
+        return run
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], write: bool = False) -> "Run":
+        """Opens a run that exists, to read; with `write`, as `create` does.
+
+        Raises:
+            UserError: there is no run, or it is of another version.
+        """
+        path = Path(path)
+        if not (path / DATABASE).exists():
+            raise UserError(f"there is no run at {path}: make one with `silkie corpus instructions`")
+        if write:
+            return cls.create(path)
+        run = cls(path, connect(path / DATABASE))
+        run._check_format()
+        run.db.execute("PRAGMA query_only = ON")
+        return run
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.db.close()
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All that is written within is committed at once, or not at all."""
+        with self.db:
+            self.db.execute("BEGIN IMMEDIATE")
+            yield
+
+    def _check_format(self) -> None:
+        try:
+            found = self.settings("format")
+        except sqlite3.Error as error:
+            raise UserError(f"{self.path / DATABASE} is not a run's database ({error})") from None
+        if found != FORMAT:
+            raise UserError(f"{self.path} is a run of format {found}; this version reads format {FORMAT}")
+
+    # Configuration
+
+    def settings(self, key: str) -> Any:
+        """A value stored before, or None."""
+        row = self.db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def save_settings(self, key: str, value: Any) -> None:
+        """Stores a JSON value; committed at once unless a transaction is open."""
+        self.db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, to_json(value)))
+
+    # Images
+
+    def add_image(self, data: bytes) -> str:
+        """Stores a JPEG or PNG file that was checked before; returns its SHA-256. Adding it again does nothing.
+
+        Many are added quickly within `transaction()`; `write_instructions` makes sure that they have reached the disk.
+        """
+        sha256 = hashlib.sha256(data).hexdigest()
+        if self.db.execute("SELECT 1 FROM images WHERE sha256 = ?", (sha256,)).fetchone():
+            return sha256
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+            (width, height), suffix = image.size, _SUFFIXES[image.format or ""]
+        file = self.path / "images" / sha256[:2] / (sha256 + suffix)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".tmp.{os.getpid()}")
+        temporary.write_bytes(data)
+        os.replace(temporary, file)
+        self.db.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?)", (sha256, suffix, width, height, len(data)))
+        return sha256
+
+    def image_path(self, sha256: str) -> Path:
+        """Where an image of the run lies."""
+        row = self.db.execute("SELECT suffix FROM images WHERE sha256 = ?", (sha256,)).fetchone()
+        if row is None:
+            raise UserError(f"the run {self.path} holds no image {sha256}")
+        return self.path / "images" / sha256[:2] / (sha256 + row[0])
+
+    def image(self, sha256: str) -> bytes:
+        """The bytes of an image of the run.
+
+        Raises:
+            UserError: it is missing.
+        """
+        try:
+            return self.image_path(sha256).read_bytes()
+        except OSError as error:
+            raise UserError(f"an image of the run {self.path} cannot be read ({error}): copy the run again") from None
+
+    def image_size(self, sha256: str) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.db.execute("SELECT width, height FROM images WHERE sha256 = ?", (sha256,)).fetchone()
+
+    # Instructions
+
+    def write_instructions(self, instructions: Iterable[Instruction], settings: Mapping[str, Any]) -> int:
+        """Stores all instructions of the run at once, or leaves those that the same settings gave before.
+
+        Returns:
+            how many there are.
+
+        Raises:
+            UserError: requests were planned for other instructions, or an id comes twice.
+        """
+        if self.settings("instructions") == json.loads(to_json(settings)):
+            return self.count()
+        os.sync()  # the images, before anything refers to them
+        with self.transaction():
+            if self.db.execute("SELECT 1 FROM requests LIMIT 1").fetchone():
+                raise UserError(
+                    f"the run {self.path} has requests for the instructions that it holds: "
+                    "make a new run for other instructions"
+                )
+            self.db.execute("DELETE FROM instructions")
+            rows = (_to_row(number, instruction) for number, instruction in enumerate(instructions, start=1))
+            try:
+                self.db.executemany("INSERT INTO instructions VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            except sqlite3.IntegrityError as error:
+                raise UserError(f"two instructions share an id ({error}): give each its own") from None
+            self.save_settings("instructions", settings)
+        return self.count()
+
+    def count(self) -> int:
+        """The number of instructions."""
+        return self.db.execute("SELECT count(*) FROM instructions").fetchone()[0]
+
+    def instructions(self, first: int = 1, last: int | None = None) -> Iterator[Instruction]:
+        """Instructions from number `first` to `last`, in order; memory stays flat."""
+        end = 2**62 if last is None else last
+        while first <= end:
+            rows = self.db.execute(
+                "SELECT * FROM instructions WHERE number BETWEEN ? AND ? ORDER BY number LIMIT ?", (first, end, _CHUNK)
+            ).fetchall()
+            if not rows:
+                return
+            yield from map(_from_row, rows)
+            first = rows[-1][0] + 1
+
+    # What came of them
+
+    def gathered(self, first: int = 1, last: int | None = None) -> Iterator[Gathered]:
+        """Instructions with their responses and the judges' replies, in order; memory stays flat.
+
+        The same replies give the same sequence, however often the run was interrupted or an attempt repeated.
+        """
+        chunk: list[Instruction] = []
+        for instruction in self.instructions(first, last):
+            chunk.append(instruction)
+            if len(chunk) == _CHUNK:
+                yield from self._gather(chunk)
+                chunk = []
+        yield from self._gather(chunk)
+
+    def _gather(self, chunk: list[Instruction]) -> Iterator[Gathered]:
+        if not chunk:
+            return
+        between = chunk[0].number, chunk[-1].number
+        responses: dict[int, list[StoredResponse]] = {}
+        for number, *values in self.db.execute(
+            "SELECT r.instruction, r.slot, r.agent, a.model, a.text, a.outcome, a.output_tokens "
+            "FROM requests r JOIN attempts a ON a.id = r.attempt "
+            "WHERE r.stage = 'respond' AND r.state = 'ok' AND r.instruction BETWEEN ? AND ? ORDER BY 1, 2",
+            between,
+        ):
+            responses.setdefault(number, []).append(StoredResponse(*values))
+        replies: dict[int, list[JudgeReply]] = {}
+        for number, judge, order, arrangement, *values in self.db.execute(
+            "SELECT r.instruction, r.agent, r.slot, r.arrangement, coalesce(a.text, ''), a.outcome, "
+            "coalesce(a.finish_reason, ''), coalesce(a.model, '') "
+            "FROM requests r JOIN attempts a ON a.id = r.attempt "
+            "WHERE r.stage = 'rate' AND r.state IN ('ok', 'failed') AND r.instruction BETWEEN ? AND ? ORDER BY 1, 2, 3",
+            between,
+        ):
+            replies.setdefault(number, []).append(JudgeReply(judge, order, tuple(json.loads(arrangement)), *values))
+        for instruction in chunk:
+            of = instruction.number
+            yield Gathered(instruction, tuple(responses.get(of, ())), tuple(replies.get(of, ())))
+
+    def spending(self) -> list[Spending]:
+        """Requests, replies, tokens and money by stage and agent."""
+        states: dict[tuple[str, str], Counter[str]] = {}
+        for stage, agent, state, count in self.db.execute(
+            "SELECT stage, agent, state, count(*) FROM requests GROUP BY 1, 2, 3 ORDER BY 1 DESC, 2, 3"
+        ):
+            states.setdefault((stage, agent), Counter())[state] = count
+        table = []
+        for (stage, agent), requests in states.items():
+            outcomes: Counter[str] = Counter()
+            tokens_in = tokens_out = timed = 0
+            cost = at_risk = seconds = 0.0
+            models: set[str] = set()
+            for outcome, model, *sums in self.db.execute(
+                "SELECT coalesce(outcome, 'in flight'), a.model, count(*), coalesce(sum(input_tokens), 0), "
+                "coalesce(sum(output_tokens), 0), sum(cost), sum(at_risk), "
+                "coalesce(sum(CASE WHEN a.batch IS NULL AND reply IS NOT NULL THEN finished - started END), 0), "
+                "coalesce(sum(a.batch IS NULL AND reply IS NOT NULL), 0) "
+                "FROM requests r JOIN attempts a ON a.request = r.id WHERE stage = ? AND agent = ? GROUP BY 1, 2",
+                (stage, agent),
+            ):
+                outcomes[outcome] += sums[0]
+                tokens_in, tokens_out = tokens_in + sums[1], tokens_out + sums[2]
+                cost, at_risk = cost + sums[3], at_risk + sums[4]
+                seconds, timed = seconds + sums[5], timed + sums[6]
+                models |= {model} - {None}
+            table.append(
+                Spending(
+                    stage, agent, requests, outcomes, tokens_in, tokens_out, cost, at_risk,
+                    seconds / timed if timed else 0.0, tuple(sorted(models)),
+                )
+            )  # fmt: skip
+        return table
+
+    def spent(self) -> float:
+        """USD that the run has cost so far at most: what was billed, and what may have been."""
+        return self.db.execute("SELECT coalesce(sum(cost + at_risk), 0) FROM attempts").fetchone()[0]
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """A connection in autocommit mode, every commit of which survives a loss of power."""
+    db = sqlite3.connect(path, isolation_level=None, timeout=60, check_same_thread=False)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = FULL")
+    return db
+
+
+def to_json(value: Any) -> str:
+    """JSON as it is stored: compact, and as UTF-8 can hold it."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _to_row(number: int, instruction: Instruction) -> tuple[Any, ...]:
+    return (
+        number,
+        instruction.id,
+        instruction.prompt,
+        to_json(instruction.history),
+        to_json(instruction.images),
+        instruction.source,
+        instruction.licence,
+        to_json(dict(instruction.extra)),
+    )
+
+
+def _from_row(row: tuple[Any, ...]) -> Instruction:
+    number, id, prompt, history, images, source, licence, extra = row
+    return Instruction(
+        id=id,
+        prompt=prompt,
+        images=tuple(json.loads(images)),
+        history=tuple((user, assistant) for user, assistant in json.loads(history)),
+        source=source,
+        licence=licence,
+        extra=json.loads(extra),
+        number=number,
+    )

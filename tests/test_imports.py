@@ -1,0 +1,76 @@
+"""What may import what: the arrows of docs/architecture.md, and what can be used without most dependencies."""
+
+import ast
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# Package -> the others of ours it may import. Importing only for type checkers is free.
+ALLOWED = {
+    "silkie_jax.qwen_vl": {"silkie_jax.errors"},
+    "silkie_jax.corpus": {"silkie_jax.errors"},
+    "silkie_jax.preference": {"silkie_jax.errors", "silkie_jax.corpus", "silkie_jax.qwen_vl"},
+    "data_prep": {"silkie_jax.errors", "silkie_jax.corpus"},
+}
+
+
+def our_imports(path: Path) -> set[str]:
+    """Modules of ours that a file imports anywhere but under `if TYPE_CHECKING`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] in ("silkie_jax", "data_prep")}
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_arrows_point_one_way(package):
+    allowed = tuple(f"{name}." for name in ALLOWED[package] | {package})
+    for path in sorted((ROOT / package.replace(".", "/")).rglob("*.py")):
+        for name in our_imports(path):
+            assert f"{name}.".startswith(allowed), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def imported(code: str) -> set[str]:
+    """Top-level names of the modules loaded in a fresh interpreter after running `code`."""
+    code = textwrap.dedent(code) + "\nimport sys; print('\\n' + ' '.join({name.split('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_model_objective_and_step_need_little():
+    """They run wherever jax, flax and optax do (which bring NumPy, Orbax and absl); jaxtyping names the shapes."""
+    names = imported(
+        """
+        import silkie_jax.qwen_vl.model
+        import silkie_jax.preference.losses, silkie_jax.preference.logprobs
+        import silkie_jax.training.step
+        """
+    )
+    assert "jax" in names
+    others = {"omegaconf", "grain", "tensorflow_datasets", "array_record", "tiktoken", "PIL", "safetensors"}
+    others |= {"transformers", "tensorboardX", "tqdm", "openai", "pyarrow", "torch"}
+    assert names & others == set()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import silkie_jax",
+        "import silkie_jax.corpus",
+        "import data_prep.vlfeedback, data_prep.pairs",
+        "import silkie_jax.cli; silkie_jax.cli.make_parser()",
+    ],
+)
+def test_no_jax_where_none_is_needed(code):
+    assert imported(code) & {"jax", "flax", "tensorflow", "torch"} == set()
