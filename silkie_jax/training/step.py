@@ -95,15 +95,13 @@ class Step:
         graph: nnx.GraphDef,
         objective: Objective,
         optimizer: optax.GradientTransformation,
-        schedule: optax.Schedule,
         *,
         mesh: Mesh | None = None,
         vision_trained: bool = False,
         head_trained: bool = False,
         shardings: tuple[Any, Any] | None = None,
     ):
-        self.graph, self.objective, self.mesh = graph, objective, mesh
-        self.optimizer, self.schedule = optimizer, schedule
+        self.graph, self.objective, self.optimizer, self.mesh = graph, objective, optimizer, mesh
         self.vision_trained, self.head_trained = vision_trained, head_trained
         # The new state lies where the old one lay: its memory is reused and the next step compiles to the same program.
         out = None if shardings is None else (*shardings, None)
@@ -134,16 +132,14 @@ class Step:
         shapes = jax.eval_shape(partial(self._loss, branches=branches), trainable, frozen, reference, first, total)[1]
         sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         (grads, sums), _ = jax.lax.scan(accumulate, (zeros, sums), batch)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, changed = self.optimizer.update(grads, optimizer, trainable)
         # A step that is not finite changes nothing: whoever reads the flag may stop late, or go on.
         finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
-        done = optax.tree_utils.tree_get_all_with_path(optimizer, "count")[0][1]
         new = (optax.apply_updates(trainable, updates), changed)
         trainable, optimizer = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (trainable, optimizer))
-        metrics = self._metrics(sums, total)
-        metrics |= {"grad_norm": norm, "learning_rate": jnp.asarray(self.schedule(done), jnp.float32)}
-        return trainable, optimizer, metrics | {"skipped": (~finite).astype(jnp.float32)}
+        metrics = self._metrics(sums, total) | {"grad_norm": norm, "skipped": (~finite).astype(jnp.float32)}
+        return trainable, optimizer, metrics
 
     def _evaluate(
         self,

@@ -87,7 +87,6 @@ class Program:
             self.graph,
             Objective(config.loss, config.loss_options, config.reference, config.remat),
             self.optimizer,
-            self.schedule,
             mesh=mesh,
             vision_trained=config.train_vision != "none",
             head_trained=config.lora is None,
@@ -178,6 +177,11 @@ class Trainer:
             self.program.step.evaluate(s.trainable, s.frozen, s.reference, arrays, branches=batch.shape.branches)
         )
         return {name: float(value) for name, value in values.items()}, float(weight)
+
+    def learning_rate(self, skipped: bool) -> float:
+        """The rate of the last update; updates that were skipped do not count."""
+        done = int(optax.tree_utils.tree_get_all_with_path(self.state.optimizer, "count")[0][1])
+        return float(self.program.schedule(done if skipped else done - 1))
 
     def resume(self, trainable: nnx.State, optimizer: optax.OptState) -> None:
         """Continues from a checkpoint's values."""

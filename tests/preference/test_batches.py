@@ -8,11 +8,12 @@ import pytest
 
 from silkie_jax.corpus import CorpusReader, Record, Response
 from silkie_jax.errors import UserError
-from silkie_jax.preference.batches import BatchSource, RowOptions, bucket, collate, decode_images, usable_records
+from silkie_jax.preference.batches import BatchSource, RowOptions, bucket, decode_images, first_fit
+from silkie_jax.preference.plan import TOO_LONG, UNUSABLE, Plan, measure
 from silkie_jax.preference.rows import make_row
 from silkie_jax.qwen_vl.image import read_image
 from silkie_jax.qwen_vl.tokenizer import Tokenizer
-from tests.training.support import SIDE, given_record, image_bytes, record, record_row, write_corpus
+from tests.training.support import SIDE, collated, given_record, image_bytes, record, record_row, write_corpus
 
 TOKENIZER = Tokenizer({bytes([i]): i for i in range(256)})
 RATED = RowOptions("mean_rating")
@@ -28,9 +29,21 @@ def corpus(tmp_path_factory):
     return CorpusReader(write_corpus(tmp_path_factory.mktemp("corpus") / "c", records))
 
 
-def source(corpus, indices=None, options=RATED, **arguments):
-    indices = range(len(corpus)) if indices is None else indices
-    return BatchSource(corpus, indices, TOKENIZER, options, **({"image_size": SIDE, "rows": 2} | arguments))
+def measured(corpus, options=RATED):
+    return measure(corpus, lambda record: options.row(TOKENIZER, record), options.key(corpus, TOKENIZER))
+
+
+def source(corpus, indices=None, options=RATED, *, rows=2, accumulate=1, seed=0, pairs=None, **arguments):
+    """Batches of all usable records, or of `indices`."""
+    sizes = measured(corpus, options)
+    indices = np.flatnonzero(sizes[:, 0] > TOO_LONG) if indices is None else np.asarray(indices)
+    plan = Plan(sizes[indices], rows * accumulate, pairs, seed)
+    arguments = {"image_size": SIDE, "rows": rows, "accumulate": accumulate} | arguments
+    return BatchSource(corpus, indices, plan, TOKENIZER, options, **arguments)
+
+
+def drawn(batches, step):
+    return batches.indices[batches.plan.records(step)].tolist()
 
 
 # Order
@@ -40,29 +53,50 @@ def source(corpus, indices=None, options=RATED, **arguments):
 def test_an_epoch_has_every_row_once(corpus, rows, accumulate):
     batches = source(corpus, rows=rows, accumulate=accumulate)
     size = rows * accumulate
-    assert batches.steps_per_epoch == -(-11 // size)
+    assert batches.steps_per_epoch == -(-10 // size)
     epochs = []
     for epoch in range(3):
         steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
-        drawn = [batches.record_indices(step).tolist() for step in steps]
-        assert [len(d) for d in drawn[:-1]] == [size] * (len(drawn) - 1)
-        assert len(drawn[-1]) == (11 % size or size)
-        epochs.append(list(itertools.chain(*drawn)))
-        assert sorted(epochs[-1]) == list(range(11))
+        found = [drawn(batches, step) for step in steps]
+        assert sorted(map(len, found), reverse=True) == [size] * (10 // size) + [10 % size] * bool(10 % size)
+        epochs.append(list(itertools.chain(*found)))
+        assert sorted(epochs[-1]) == USABLE
     assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_order_depends_on_seed_and_step_alone(corpus):
     def order(steps, **arguments):
         batches = source(corpus, rows=3, **arguments)
-        return [batches.record_indices(step).tolist() for step in steps]
+        return [drawn(batches, step) for step in steps]
 
     forward = order(range(8), seed=5)
-    assert order(range(8), seed=5) == forward
     assert order(reversed(range(8)), seed=5) == forward[::-1]
     assert order(range(6, 8), seed=5) == forward[6:]
     assert order(range(8), seed=6) != forward
-    assert order(range(4), seed=None) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10]]
+    assert order(range(4), seed=None) == [[0, 1, 3], [4, 5, 6], [7, 8, 9], [10]]
+
+
+def test_rows_of_a_step_are_of_like_length():
+    lengths = np.random.default_rng(0).integers(100, 1000, 500)
+    sizes = np.stack([lengths, *[np.ones_like(lengths)] * 5], axis=1)
+    plan = Plan(sizes, rows=8)
+    widths = [np.ptp(lengths[plan.records(step)]) for step in range(plan.steps_per_epoch)]
+    assert np.median(widths) < 30
+    middles = [lengths[plan.records(step)].mean() for step in range(plan.steps_per_epoch)]
+    assert abs(np.corrcoef(np.arange(len(middles)), middles)[0, 1]) < 0.3  # lengths do not grow through an epoch
+
+
+def test_a_limit_on_pairs_keeps_rows_whole():
+    pairs = np.random.default_rng(0).integers(1, 7, 200)
+    sizes = np.stack([np.full(200, 10), np.ones(200, int), pairs, *[np.ones(200, int)] * 3], axis=1)
+    plan = Plan(sizes, rows=10, pairs=16)
+    for epoch in range(2):
+        steps = plan.epoch(epoch)
+        assert sorted(np.concatenate(steps)) == list(range(200))
+        assert all(pairs[step].sum() <= 16 and len(step) <= 10 for step in steps)
+    last = len(plan.epoch(0)) + len(plan.epoch(1)) - 1
+    np.testing.assert_array_equal(plan.records(last), plan.epoch(1)[-1])
+    assert plan.steps_of(2) == last + 1
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -97,7 +131,7 @@ def test_rows_of_a_step_stand_in_order(corpus):
 
 
 def record_like(made):
-    return make_row(TOKENIZER, made, RATED.choose(made)[0])
+    return RATED.row(TOKENIZER, made)
 
 
 def test_pixels_are_each_rows_own(corpus):
@@ -115,7 +149,7 @@ def test_no_images_array_where_no_row_has_one(corpus):
 
 def test_other_hosts_rows_get_no_pixels(corpus):
     mine = np.array([True, False, False, True])
-    batch = source(corpus, seed=None, rows=4, local=mine).batch(1)
+    batch = source(corpus, seed=None, rows=4, local=lambda count: mine).batch(1)
     everything = source(corpus, seed=None, rows=4).batch(1)
     assert everything.arrays["images"].any(axis=(2, 3, 4, 5)).all()
     assert batch.arrays["images"].any(axis=(2, 3, 4, 5)).tolist() == [mine.tolist()]
@@ -124,13 +158,14 @@ def test_other_hosts_rows_get_no_pixels(corpus):
 
 
 def test_a_batch_is_filled_up_with_rows_that_count_nowhere(corpus):
-    batch = source(corpus, seed=None, rows=3, padded_rows=8, accumulate=2).batch(1)
-    assert batch.ids == [f"row-{n}" for n in range(6, 11)]
+    batch = source(corpus, seed=None, rows=3, shards=8, accumulate=2).batch(1)
+    assert batch.ids == [f"row-{n}" for n in range(7, 11)]
     assert batch.arrays["tokens"].shape[:2] == (2, 8)
     counted = batch.arrays["pair_mask"].any(axis=2)
     np.testing.assert_array_equal(counted, batch.arrays["label_branches"].any(axis=2))
     np.testing.assert_array_equal(counted, (batch.arrays["branches"] >= 0).any(axis=2))
-    assert counted.sum(axis=1).tolist() == [3, 2]
+    assert counted.sum(axis=1).tolist() == [3, 1]
+    assert batch.work.rows == 4
 
 
 def test_lengths_come_in_few_sizes():
@@ -143,7 +178,7 @@ def test_lengths_come_in_few_sizes():
 
 def test_more_than_six_pairs_fit(corpus):
     many = dataclasses.replace(corpus[5], responses=tuple(Response("x" * n) for n in range(1, 6)))
-    arrays = collate([record_row(TOKENIZER, many), None], TOKENIZER.end_of_text)
+    arrays = collated([record_row(TOKENIZER, many), None], TOKENIZER.end_of_text)
     assert arrays["pairs"].shape == (2, 12, 2)
     assert arrays["pair_mask"].sum(axis=1).tolist() == [10, 0]
     assert arrays["label_branches"].max() == 5
@@ -152,26 +187,78 @@ def test_more_than_six_pairs_fit(corpus):
 # What is chosen
 
 
+def test_short_rows_are_packed_into_one_sequence(corpus):
+    plain = source(corpus, seed=None, rows=5).batch(0)
+    packed = source(corpus, seed=None, rows=5, pack=1500).batch(0)
+    assert packed.arrays["tokens"].shape[1] < plain.arrays["tokens"].shape[1]
+    assert packed.arrays["tokens"].shape[2] <= bucket(1500)
+    assert sorted(packed.ids) == sorted(plain.ids)
+    assert packed.work == plain.work
+    assert packed.arrays["pair_mask"].sum() == plain.arrays["pair_mask"].sum()
+    # Branches of the second row of a sequence are numbered from 64, its labels point into its own tokens.
+    tokens, branches = packed.arrays["tokens"][0, 0], packed.arrays["branches"][0, 0]
+    assert 64 in branches
+    first = packed.arrays["predecessors"][0, 0][packed.arrays["label_branches"][0, 0] > 4]
+    assert (branches[first] >= 64).all()
+    assert (tokens[first[first > 0]] != TOKENIZER.end_of_text).all()
+
+
+@pytest.mark.parametrize("capacity", [10, 17, 100])
+def test_first_fit_keeps_everything_and_the_capacity(capacity):
+    lengths = np.random.default_rng(1).integers(1, 11, 60).tolist()
+    groups = first_fit(lengths, capacity)
+    assert sorted(itertools.chain(*groups)) == list(range(60))
+    totals = [sum(lengths[i] for i in group) for group in groups]
+    assert max(totals) <= capacity
+    assert len(groups) <= -(-sum(lengths) // capacity) * 1.3 + 1
+
+
+def test_one_shape_a_length(corpus):
+    batches = source(corpus, rows=2)
+    steps = range(3 * batches.steps_per_epoch)
+    shapes = batches.shapes(steps)
+    assert len({shape[:2] for shape in shapes}) == len(shapes)
+    for step in steps:
+        batch = batches.batch(step)
+        assert batch.shape in shapes
+        assert batch.arrays["labels"].shape == (1, batch.shape.sequences, batch.shape.labels)
+
+
+def test_stored_log_probabilities_go_to_their_branches(corpus):
+    def stored(record, responses):
+        return np.array([100 * record + i for i in responses], np.float32)
+
+    batch = source(corpus, seed=None, rows=4, reference=stored).batch(0)
+    np.testing.assert_array_equal(
+        batch.arrays["reference_logps"][0],
+        [[0, 1, 2, 3], [100, 101, 102, 103], [300, 302, 303, 0], [400, 401, 402, 403]],
+    )
+
+
 def test_usable_records_have_a_pair(corpus):
-    assert usable_records(corpus, range(11), RATED).tolist() == USABLE
-    assert usable_records(corpus, [2], RATED).tolist() == []
-    assert usable_records(corpus, range(11), RowOptions("given")).tolist() == []
-    assert usable_records(corpus, range(11), RowOptions("longest_as_best")).tolist() == list(range(11))
+    def usable(options):
+        return np.flatnonzero(measured(corpus, options)[:, 0] != UNUSABLE).tolist()
+
+    assert usable(RATED) == USABLE
+    assert usable(RowOptions("given")) == []
+    assert usable(RowOptions("longest_as_best")) == list(range(11))
 
 
 def test_pairs_follow_the_rule(corpus):
-    assert RATED.choose(corpus[3]) == ([(0, 2), (0, 3)], None)
-    best = RowOptions({"name": "model_as_best", "model": "model-2"})
-    assert best.choose(corpus[3]) == ([(2, 0), (2, 1), (2, 3)], None)
-    assert RowOptions("given").choose(given_record(0)) == ([(0, 1)], None)
+    row = RATED.row(TOKENIZER, corpus[3])  # response 1 has no rating and is not laid out
+    assert row.responses == (0, 2, 3)
+    assert row.pairs.tolist() == [[0, 1], [0, 2]]
+    best = RowOptions({"name": "model_as_best", "model": "model-2"}).row(TOKENIZER, corpus[3])
+    assert best.pairs.tolist() == [[2, 0], [2, 1], [2, 3]]
+    assert RowOptions("given").row(TOKENIZER, given_record(0)).pairs.tolist() == [[0, 1]]
 
 
 def test_sft_takes_responses_that_nothing_beats(corpus):
-    assert RowOptions("mean_rating", "sft").choose(corpus[4]) == ([], [0])
-    tied = record(0, ratings=(2, 5, 5, 1))
-    assert RowOptions("mean_rating", "sft").choose(tied) == ([], [1, 2])
-    assert not RowOptions("mean_rating", "sft").usable(corpus[2])
-    batch = source(corpus, indices=[4], options=RowOptions("mean_rating", "sft")).batch(0)
+    sft = RowOptions("mean_rating", "sft")
+    assert sft.row(TOKENIZER, corpus[4]).responses == (0,)
+    assert sft.row(TOKENIZER, record(0, ratings=(2, 5, 5, 1))).responses == (1, 2)
+    assert sft.row(TOKENIZER, corpus[2]) is None
+    batch = source(corpus, indices=[4], options=sft).batch(0)
     assert batch.arrays["label_branches"].max() == 1
     assert not batch.arrays["pair_mask"].any()
 
@@ -185,16 +272,15 @@ def long_corpus(tmp_path_factory):
     return CorpusReader(write_corpus(tmp_path_factory.mktemp("long") / "c", records))
 
 
-def test_rows_beyond_max_length_are_cut_or_left_out_and_named(long_corpus):
-    batch = source(long_corpus, seed=None, rows=4, options=RowOptions("mean_rating", "dpo", 600, 400)).batch(0)
-    assert batch.ids == ["row-0", "row-1", "row-2", "row-3"]
-    assert list(batch.dropped) == ["row-1"]
-    assert "3 images" in batch.dropped["row-1"]
-    assert "max_length = 600" in batch.dropped["row-1"]
-    assert list(batch.truncated) == ["row-2"]
-    assert batch.truncated["row-2"].startswith("left out ")
+def test_rows_beyond_max_length_are_cut_or_known_to_be_too_long(long_corpus):
+    options = RowOptions("mean_rating", "dpo", 600, 400)
+    sizes = measured(long_corpus, options)
+    assert (sizes[:, 0] == TOO_LONG).tolist() == [False, True, False, False]
+    assert (sizes[:, -1] > 0).tolist() == [False, False, True, False]
+    batch = source(long_corpus, seed=None, rows=4, options=options).batch(0)
+    assert batch.ids == ["row-0", "row-2", "row-3"]
     tokens, used = batch.arrays["tokens"][0], batch.arrays["pair_mask"][0].any(axis=1)
-    assert used.tolist() == [True, False, True, True]
+    assert used.tolist() == [True, True, True, False]
     # No picture is cut: every <img> is followed by 256 rows and </img>.
     for row in tokens[used]:
         (start,) = np.flatnonzero(row == TOKENIZER.img)
@@ -202,15 +288,21 @@ def test_rows_beyond_max_length_are_cut_or_left_out_and_named(long_corpus):
     assert batch.arrays["images"].shape[2] == 1  # the row with three pictures is not there
 
 
-def test_a_batch_may_be_left_out_whole(long_corpus):
-    batch = source(long_corpus, seed=None, rows=4, options=RowOptions("mean_rating", "dpo", 200)).batch(0)
-    assert len(batch.dropped) == 4
-    assert not batch.arrays["pair_mask"].any()
-    assert "images" not in batch.arrays
+def test_sizes_are_kept_beside_the_corpus_under_what_they_depend_on(corpus):
+    measured(corpus)
+    kept = set((corpus.path / "sizes").glob("*.npy"))
+    assert kept
+
+    def never(record):
+        raise AssertionError("measured again")
+
+    assert (measure(corpus, never, RATED.key(corpus, TOKENIZER)) == measured(corpus)).all()
+    measured(corpus, RowOptions("mean_rating", max_length=500))
+    assert len(set((corpus.path / "sizes").glob("*.npy")) - kept) == 1
 
 
 def test_an_image_that_cannot_be_read_names_its_record():
     broken = Record("row-7", (image_bytes(1), b"no image"), "What?", (Response("a"), Response("b")))
     row = make_row(TOKENIZER, broken, [(0, 1)])
-    with pytest.raises(UserError, match=r"record 'row-7', image 2: .*import the corpus anew"):
-        decode_images([None, row], SIDE)
+    with pytest.raises(UserError, match=r"record 'row-7', image 2: not an image"):
+        decode_images([[], [row]], 2, SIDE)

@@ -26,7 +26,7 @@ def plain(hidden, weight, predecessors, labels):
 
 
 def fused(hidden, weight, predecessors, labels, **chunk):
-    return token_logprobs(hidden, predecessors, labels, lambda h: h @ weight.T, **chunk)
+    return token_logprobs(hidden, predecessors, labels, weight, **chunk)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 36, 37, 64, 128])
@@ -44,6 +44,17 @@ def test_gradients_equal_those_of_the_plain_ones(inputs):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_frozen_head_gives_the_same_gradient_to_its_input(inputs):
+    hidden, weight, *rest = inputs
+    factors = np.random.default_rng(1).standard_normal((B, 37))
+
+    def loss(h, f, **options):
+        return (f(h, weight, *rest, **options) * factors).sum()
+
+    ours, theirs = jax.grad(loss)(hidden, fused, frozen_head=True, chunk=10), jax.grad(loss)(hidden, plain)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_large_scores_do_not_overflow(inputs):
     hidden, weight, *rest = inputs
     ours = fused(hidden * 1e3, weight, *rest)
@@ -51,13 +62,15 @@ def test_large_scores_do_not_overflow(inputs):
     assert (ours <= 0).all()
 
 
-def test_memory_does_not_grow_with_labels_times_vocabulary():
+@pytest.mark.parametrize("frozen_head", [False, True])
+def test_memory_does_not_grow_with_labels_times_vocabulary(frozen_head):
     """Twice the labels must not mean twice the scores at any time, forward and backward."""
     vocabulary, width, chunk = 20_000, 8, 64
 
     def temporaries(labels):
         def loss(hidden, weight, predecessors, targets):
-            return token_logprobs(hidden, predecessors, targets, lambda h: h @ weight.T, chunk=chunk).sum()
+            logps = token_logprobs(hidden, predecessors, targets, weight, chunk=chunk, frozen_head=frozen_head)
+            return logps.sum()
 
         shapes = ((1, labels, width), (vocabulary, width))
         arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]

@@ -17,12 +17,14 @@ from PIL import Image
 from examples.tiny_qwen_vl import make_checkpoint
 from silkie_jax.corpus import Record, Response
 from silkie_jax.corpus.shards import CorpusBuilder
-from silkie_jax.preference.batches import Batch, collate, decode_images
+from silkie_jax.preference.batches import Batch, Shape, collate, decode_images, make_shape, round_up
+from silkie_jax.preference.plan import row_sizes
 from silkie_jax.preference.rows import Row, make_row
+from silkie_jax.preference.work import Work
 from silkie_jax.qwen_vl.attention import PADDING
 from silkie_jax.qwen_vl.model import QwenVL
-from silkie_jax.training.loop import put
-from silkie_jax.training.step import Objective, Step, branch_count, trainable_filter
+from silkie_jax.training.step import Objective, Step, trainable_filter
+from silkie_jax.training.trainer import put
 
 SIDE = 28  # of the tiny model's images: four patches
 SIZES = {
@@ -94,15 +96,22 @@ def rows_arrays(
 
     Batches of one shape are compiled once.
     """
-    flat = collate(rows, tokenizer.end_of_text)
+    flat = collated(rows, tokenizer.end_of_text)
     for name, size, filler in (
         *((name, length, filler) for name, filler in (("tokens", 0), ("positions", 0), ("branches", PADDING))),
         *((name, labels, 0) for name in ("predecessors", "labels", "label_branches")),
     ):
         missing = max(size - flat[name].shape[1], 0)
         flat[name] = np.pad(flat[name], ((0, 0), (0, missing)), constant_values=filler)
-    flat |= decode_images(rows, SIDE)
+    groups = [[row] if row else [] for row in rows]
+    flat |= decode_images(groups, max(len(row.images) for row in rows if row), SIDE)
     return {k: v.reshape(accumulate, len(rows) // accumulate, *v.shape[1:]) for k, v in flat.items()}
+
+
+def collated(rows: Sequence[Row | None], pad: int) -> dict[str, np.ndarray]:
+    """Arrays [R, ...] in the tightest shape; None is an empty row."""
+    shape = make_shape(len(rows), [np.array(row_sizes(row)) for row in rows if row])
+    return collate([[row] if row else [] for row in rows], shape, pad)
 
 
 def all_pairs(count: int) -> list[tuple[int, int]]:
@@ -117,7 +126,11 @@ def record_row(tokenizer, made: Record, **options) -> Row:
 
 def as_batch(arrays: dict[str, np.ndarray]) -> Batch:
     """What `Trainer.update` takes."""
-    return Batch(arrays, [], {}, {})
+    sizes = {name: array.shape[2] for name, array in arrays.items()}
+    images = sizes.get("images", 0)
+    sequences = arrays["tokens"].shape[1]
+    shape = Shape(sequences, sizes["tokens"], sizes["labels"], sizes["pairs"], images, branches_of(arrays))
+    return Batch(arrays, [], Work(), shape)
 
 
 class Steps:
@@ -140,7 +153,9 @@ class Steps:
         graph, self.trainable, self.frozen = nnx.split(model, chosen, ...)
         self.reference = nnx.split(reference, chosen, ...)[1] if reference else None
         self.mesh = mesh
-        self.step = Step(graph, objective, keep_gradients(), mesh=mesh, vision_trained=train_vision != "none")
+        self.step = Step(
+            graph, objective, keep_gradients(), mesh=mesh, vision_trained=train_vision != "none", head_trained=not lora
+        )
 
     def __call__(self, arrays: dict[str, np.ndarray]) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         # What is trained and the state of the optimizer are given away (donated).
@@ -150,11 +165,12 @@ class Steps:
         _, gradients, metrics = self.step.train(
             trainable, state, self.frozen, self.reference, batch, branches=branches_of(arrays)
         )
+        assert not float(metrics.pop("skipped"))
         return {k: float(v) for k, v in metrics.items()}, by_path(gradients)
 
 
 def branches_of(arrays: dict[str, np.ndarray]) -> int:
-    return branch_count(int(arrays["label_branches"].max()))
+    return round_up(max(int(arrays["label_branches"].max()), 1), 4)
 
 
 def keep_gradients() -> optax.GradientTransformation:

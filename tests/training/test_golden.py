@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from silkie_jax.preference.batches import collate
 from silkie_jax.preference.rows import Row
 from silkie_jax.qwen_vl.attention import PADDING
 from silkie_jax.qwen_vl.names import adapter_names, leaves
 from silkie_jax.qwen_vl.weights import load_model
-from silkie_jax.training.config import MeshConfig, make_config
-from silkie_jax.training.loop import Trainer
+from silkie_jax.training.config import make_config
+from silkie_jax.training.loop import save_result
 from silkie_jax.training.mesh import make_mesh
 from silkie_jax.training.step import Objective
+from silkie_jax.training.trainer import Program, Trainer, load_policy, with_adapter_form
 from tests.reference.golden import Golden
 from tests.reference.objective import IGNORED, log_softmax, pair_losses
-from tests.training.support import Steps, as_batch, by_path
+from tests.training.support import Steps, as_batch, by_path, collated
 
 LOGPS = 5e-4
 GRADIENT = 1e-4
@@ -66,7 +66,7 @@ def arrays(data, batch):
         images.append(data.images(np.array([[token for token, _ in prompt]])))
     most = max(len(i) for i in images)
     filled = [np.concatenate([i, np.zeros((most - len(i), *i.shape[1:]), np.uint8)]) for i in images]
-    flat = collate(rows, pad=0) | {"images": np.stack(filled)}
+    flat = collated(rows, pad=0) | {"images": np.stack(filled)}
     return {name: array[None] for name, array in flat.items()}
 
 
@@ -229,7 +229,10 @@ def test_four_adamw_steps(data, tmp_path):
         {"model": str(data.checkpoint), "adapter": str(data.adapter), "corpus": "-", "run_dir": str(tmp_path)}
         | {"optimizer": optimizer | {"weight_decay": 0.05, "clip_norm": 1.0}, "steps": 4, "dtype": "float32"}
     )
-    trainer = Trainer(config, make_mesh(MeshConfig(data=1)), steps_per_epoch=1)
+    config = with_adapter_form(config)
+    policy = load_policy(config, mesh := make_mesh(data=1))
+    program = Program(config, policy.config, mesh, steps=4, policy=policy)
+    trainer = Trainer(program, program.start(policy))
     batch = as_batch(arrays(data, "batch0"))
     for step in range(4):
         metrics = trainer.update(batch)
@@ -237,7 +240,7 @@ def test_four_adamw_steps(data, tmp_path):
         assert float(metrics["loss"]) == pytest.approx(float(loss), abs=BETA * LOGPS)
         assert float(metrics["grad_norm"]) == pytest.approx(float(norm), rel=GRADIENT)
 
-    trainer.save_result(tmp_path)
+    save_result(trainer, tmp_path)
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4
     prefix = "adamw4/final/"
@@ -249,4 +252,4 @@ def test_four_adamw_steps(data, tmp_path):
         # Adam moves every number by about the learning rate, however small its gradient: of what was moved, a share.
         moved = np.linalg.norm(expected - before)
         assert np.linalg.norm(ours - expected) < 1e-3 * moved, name
-    assert by_path(trainer.trainable)["language.layers.attn.c_attn.lora_a"].dtype == jnp.float32
+    assert by_path(trainer.state.trainable)["language.layers.attn.c_attn.lora_a"].dtype == jnp.float32

@@ -17,7 +17,6 @@ from silkie_jax.qwen_vl.lora import add_lora, linears
 from silkie_jax.qwen_vl.peft import save_adapter
 from silkie_jax.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.qwen_vl.weights import load_model
-from silkie_jax.training.config import MeshConfig
 from silkie_jax.training.mesh import batch_sharding, batch_shards, make_mesh, sharding_of
 from silkie_jax.training.step import Objective
 from tests.training.support import Steps, assert_same_arrays, make_tiny, record, record_row, rows_arrays
@@ -68,7 +67,7 @@ def one_device(folder, adapter, rows):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_every_mesh_gives_the_loss_and_the_gradients_of_one_device(folder, adapter, rows, one_device, shape):
-    mesh = make_mesh(MeshConfig(*shape))
+    mesh = make_mesh(*shape)
     metrics, gradients = outcome(folder, adapter, rows, mesh)
     expected, expected_gradients = one_device
     assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-6)  # margins are small differences
@@ -96,7 +95,7 @@ def test_all_shapes_are_there():
     ],
 )
 def test_sizes_of_the_mesh(sizes, shape):
-    mesh = make_mesh(MeshConfig(*sizes))
+    mesh = make_mesh(*sizes)
     assert dict(mesh.shape) == dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
     assert batch_shards(mesh) == shape[0] * shape[1]
 
@@ -104,17 +103,17 @@ def test_sizes_of_the_mesh(sizes, shape):
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (16, 1, 1), (2, 4, 2)])
 def test_a_mesh_that_does_not_divide_the_devices_is_refused(sizes):
     with pytest.raises(UserError, match=r"^mesh data .* does not divide the 8 devices"):
-        make_mesh(MeshConfig(*sizes))
+        make_mesh(*sizes)
 
 
 def test_what_an_axis_does_not_divide_is_kept_whole():
-    mesh = make_mesh(MeshConfig(1, 2, 4))
+    mesh = make_mesh(1, 2, 4)
     assert sharding_of(mesh, ("layers", "heads", "embed"), (3, 8, 6)).spec == PartitionSpec(None, "tensor", "fsdp")
     assert sharding_of(mesh, ("layers", "heads", "embed"), (3, 6, 5)).spec == PartitionSpec(None, None, None)
 
 
 def test_weights_are_spread_over_fsdp_and_tensor(folder, adapter):
-    mesh = make_mesh(MeshConfig(1, 4, 2))
+    mesh = make_mesh(1, 4, 2)
     model = load_model(folder, adapter=adapter, sharding_of=partial(sharding_of, mesh))
     arrays = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
     held = {name: math.prod(x.addressable_shards[0].data.shape) / x.size for name, x in arrays.items()}
@@ -126,7 +125,7 @@ def test_weights_are_spread_over_fsdp_and_tensor(folder, adapter):
 
 
 def test_rows_are_split_over_data_and_fsdp():
-    mesh = make_mesh(MeshConfig(2, 2, 2))
+    mesh = make_mesh(2, 2, 2)
     batch = jax.device_put(jnp.zeros((3, 8, 5)), batch_sharding(mesh, leading=1))
     assert {shard.data.shape for shard in batch.addressable_shards} == {(3, 2, 5)}
     assert len(np.unique([shard.index[1].start or 0 for shard in batch.addressable_shards])) == 4
