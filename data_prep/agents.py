@@ -172,7 +172,9 @@ def check_same(before: Any, now: dict[str, Any], what: str) -> None:
         UserError: names what differs.
     """
     differing = [
-        f"{key} was {old!r} and is {new!r}" for key, old, new in _differences(before, now) if key[-1] not in _FREE
+        f"{'.'.join(key)} was {old!r} and is {new!r}"
+        for key, old, new in _differences(before, now)
+        if key[-1] not in _FREE
     ]
     if differing:
         raise UserError(f"this run was begun with another {what}: {', '.join(differing[:3])}; use the old or a new run")

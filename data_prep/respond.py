@@ -1,12 +1,12 @@
 """Responses: every instruction is answered by several models of a pool, drawn beforehand and for good."""
 
+import json
 import math
 import os
 import random
-from collections.abc import Mapping
 
 from data_prep import replies
-from data_prep.agents import Agent, Pool, check_same, load_pool, snapshot
+from data_prep.agents import Pool, check_same, load_pool, snapshot
 from data_prep.live import Request, Verdict
 from data_prep.messages import compose, image_tokens, text_bytes
 from data_prep.replies import Reply
@@ -16,8 +16,8 @@ from silkie_jax.errors import UserError
 
 STAGE = "respond"
 _INSERT = (
-    "INSERT OR IGNORE INTO requests (stage, instruction, agent, slot, body, text_bytes, image_tokens) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?)"
+    "INSERT OR IGNORE INTO requests (stage, instruction, agent, slot, arrangement, body, text_bytes, image_tokens) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 )
 
 
@@ -46,18 +46,19 @@ def respond(path: str | os.PathLike[str], pool_path: str | os.PathLike[str], opt
             run.save_settings("pool", config)
             deal = Deal(pool)
             for instruction in run.instructions():
-                for slot, name in enumerate(deal(instruction.id)[: pool.models_per_instruction]):
-                    run.db.execute(_INSERT, _values(run, instruction, name, pool.models[name], slot))
+                drawn, spares = deal(instruction.id)
+                for slot, name in enumerate(drawn):
+                    run.db.execute(_INSERT, _values(run, pool, instruction, slot, [name, *spares[slot :: len(drawn)]]))
             run.save_settings("responses planned", run.count())
 
         def review(name: str, request: Request, reply: Reply, number: int) -> Verdict:
             if reply.outcome in (replies.OK, replies.TRUNCATED):
                 return Verdict(reply.outcome, "ok")
-            spare = _spare(run, pool, request) if pool.replace_failed else None
-            if spare is None:
+            spares = json.loads(request.arrangement or "[]") if pool.replace_failed else []
+            if not spares:
                 return Verdict(reply.outcome, "failed")
             instruction = next(run.instructions(request.instruction, request.instruction))
-            values = _values(run, instruction, spare, pool.models[spare], request.slot)
+            values = _values(run, pool, instruction, request.slot, spares)
             return Verdict(reply.outcome, "failed", ((_INSERT, values),))
 
         return run_stage(run, STAGE, pool.models, plan, review, options or Options())
@@ -74,8 +75,12 @@ class Deal:
         self._pool = pool
         self._counts = dict.fromkeys(pool.models, 0)
 
-    def __call__(self, id: str) -> list[str]:
-        """All models in the order in which they are wanted; the first `models_per_instruction` are drawn."""
+    def __call__(self, id: str) -> tuple[list[str], list[str]]:
+        """The models drawn for an instruction, by slot, and the others in the order in which they may step in.
+
+        Spares belong to a slot from the start (the first to the first slot, and so on), so that it does not matter
+        whose failure is known first.
+        """
         pool = self._pool
         lots = random.Random(f"{pool.seed} {id}")  # text seeds are the same in every process
 
@@ -91,25 +96,15 @@ class Deal:
         for name in drawn:
             self._counts[name] += 1
         lots.shuffle(drawn)  # the slot says nothing about how often a model was drawn
-        return drawn + wanted[pool.models_per_instruction :]
+        return drawn, wanted[pool.models_per_instruction :]
 
 
-def _spare(run: Run, pool: Pool, request: Request) -> str | None:
-    """A model that was not asked this instruction yet, by a lot of its own; None when all were."""
-    asked = {
-        name
-        for (name,) in run.db.execute(
-            "SELECT agent FROM requests WHERE stage = ? AND instruction = ?", (STAGE, request.instruction)
-        )
-    }
-    left = sorted(pool.models.keys() - asked)
-    return random.Random(f"{pool.seed} {request.instruction} {request.slot}").choice(left) if left else None
-
-
-def _values(run: Run, instruction: Instruction, name: str, agent: Agent, slot: int) -> tuple[object, ...]:
-    body: Mapping[str, object] = compose(agent, instruction.prompt, instruction.images, instruction.history)
+def _values(run: Run, pool: Pool, instruction: Instruction, slot: int, names: list[str]) -> tuple[object, ...]:
+    """A request to the first of `names`; the others are kept with it, to step in."""
+    agent = pool.models[names[0]]
+    body = compose(agent, instruction.prompt, instruction.images, instruction.history)
     sizes = [run.image_size(sha256) for sha256 in instruction.images]
     return (
-        *(STAGE, instruction.number, name, slot),
-        *(to_json(body), text_bytes(dict(body)), image_tokens(agent, sizes)),
+        *(STAGE, instruction.number, names[0], slot, to_json(names[1:])),
+        *(to_json(body), text_bytes(body), image_tokens(agent, sizes)),
     )

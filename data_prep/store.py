@@ -31,8 +31,9 @@ DATABASE = "run.sqlite"
 _SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png"}
 _CHUNK = 256  # instructions read at a time
 
-# States of a request: `open` until it has its reply; `ok`; `failed` for good; `postponed` where a later command may
-# have more luck (the server was down). `attempt` is the one that decided.
+# A request is `open` until it has its reply, then `ok`, or `failed` for good, or `postponed` where a later command may
+# have more luck (the server was down); `attempt` is the one that decided. `slot` and `arrangement` are, of a response,
+# its place and the models that step in should this one fail; of a rating, the number of the order and the slots shown.
 _TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE images (

@@ -6,6 +6,7 @@ labelled tokens of a response, as in Silkie.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -92,7 +93,7 @@ def check_loss(name: str, options: LossOptions) -> None:
     """Refuses unknown losses and options that the loss would ignore or that have no meaning in it."""
     if name not in LOSSES:
         raise UserError(f"loss: {name!r} is unknown; choose one of {', '.join(LOSSES)}")
-    if options.beta <= 0:
+    if not 0 < options.beta < math.inf:
         raise UserError(f"beta must be positive, not {options.beta}")
     if not 0 <= options.label_smoothing < 0.5:
         raise UserError(f"label_smoothing must be in [0, 0.5), not {options.label_smoothing}")

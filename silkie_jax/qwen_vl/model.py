@@ -86,7 +86,7 @@ class QwenVL(nnx.Module):
             counts = starts.sum(1)
             first = jnp.cumsum(counts) - counts
             return jax.vmap(place_images, (0, 0, None, 0))(x, starts, features, first)
-        return jax.vmap(place_images, (0, 0, 0, None))(x, starts, features, 0)
+        return jax.vmap(place_images, (0, 0, 0, None))(x, starts, features, jnp.int32(0))
 
     def hidden(
         self,

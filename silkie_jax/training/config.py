@@ -105,10 +105,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
       UserError: one line that names the key and the mend.
     """
     given = _read_yaml(Path(path))
-    for item in overrides:
-        if "=" not in item:
-            raise UserError(f"{item!r} is not an override; write key=value")
-    return make_config(OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides))), where=str(path))
+    return make_config(OmegaConf.merge(given, *map(_parse_override, overrides)), where=str(path))
 
 
 def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
@@ -132,6 +129,16 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
     merged = OmegaConf.merge(_read_yaml(path.parent / base, chain), given)
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _parse_override(item: str) -> Any:
+    key, equals, _ = item.partition("=")
+    if not (key and equals):
+        raise UserError(f"{item!r} is not an override; write key=value")
+    try:
+        return OmegaConf.from_dotlist([item])
+    except Exception as e:  # yaml's own errors span several lines
+        raise UserError(f"{item!r}: the value is not valid YAML ({' '.join(str(e).split())})") from None
 
 
 def make_config(given: Any, where: str = "config") -> TrainConfig:
@@ -158,8 +165,12 @@ def _check_keys(given: Any, schema: Any, where: str, prefix: str = "") -> None:
             near = difflib.get_close_matches(str(key), list(schema), n=1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else f"; there are {', '.join(schema)}"
             raise UserError(f"{where}: unknown key {prefix}{key}{hint}")
-        if key != "pair_rule" and OmegaConf.is_dict(schema[key]) and OmegaConf.is_dict(given[key]):
-            _check_keys(given[key], schema[key], where, f"{prefix}{key}.")
+        if OmegaConf.is_dict(schema[key]):
+            if OmegaConf.is_dict(given[key]):
+                _check_keys(given[key], schema[key], where, f"{prefix}{key}.")
+            elif not (key == "lora" and given[key] is None):
+                first = next(iter(schema[key]))
+                raise UserError(f"{where}: {key} must hold keys, such as {key}.{first}, and not {given[key]!r}")
 
 
 def _resolve(config: TrainConfig) -> None:

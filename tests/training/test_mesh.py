@@ -46,7 +46,7 @@ def adapter(folder, tmp_path_factory):
 def rows(folder):
     """Five rows, which none of the meshes divides, and what fills them up to eight."""
     tokenizer = Tokenizer.from_folder(folder)
-    made = [record(0), record(1, ratings=(1, 2)), record(2, images=0), record(3, ratings=(3, 2, 1)), record(4)]
+    made = [record(0, (2, 1)), record(1, (1, 2)), record(2, images=0), record(3, (3, 2, 1)), record(4, (2, 1))]
     return rows_arrays(tokenizer, [*(record_row(tokenizer, r) for r in made), None, None, None])
 
 
