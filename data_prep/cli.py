@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Callable
 
+from data_prep import verbs
+
 Add = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
 """(name, function, about) -> the parser of a new verb."""
 
@@ -18,6 +20,7 @@ def add_verbs(add: Add) -> None:
     p.add_argument("--judge", required=True, action="append", metavar="FILE.yaml", help="may be given several times")
     p.add_argument("--allow-missing", action="store_true", help="rate also where some responses are still to come")
     _add_options(p)
+    verbs.add_verbs(add)
 
 
 def _add_options(p: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Image files for an import: found by name in a folder or a zip, never outside it, and checked before they are stored.
+"""Image files: found by name in a folder, a zip or a tar, never outside it, and checked before they are stored.
 
 Nothing is ever unpacked to disk, and a name from the data is only looked up in a listing, so it reaches no other file.
 """
@@ -7,6 +7,7 @@ import io
 import os
 import re
 import stat
+import tarfile
 import threading
 import warnings
 import zipfile
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path, PurePosixPath
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_prep.rejections import Rejected
 from silkie_jax.errors import UserError
@@ -27,6 +28,7 @@ MAX_BYTES = 64 * 2**20
 # Raster formats only: Pillow would also start Ghostscript for an EPS file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 _STORED_AS_THEY_ARE = ("JPEG", "MPO", "PNG")  # MPO is JPEG with further pictures appended
+_ORIENTATION = 0x0112  # of EXIF
 _LARGE = 16_000_000  # pixels; images beyond are decoded one at a time, so that memory stays flat with many workers
 _one_large_image = threading.Lock()
 
@@ -66,11 +68,25 @@ def check_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> bytes:
         raise Rejected("unreadable image", error or type(error).__name__) from error
 
 
+def upright(data: bytes) -> bytes:
+    """A checked JPEG or PNG file as a viewer shows it: turned where its EXIF orientation says so, else as it is."""
+    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+        if image.getexif().get(_ORIENTATION, 1) not in range(2, 9):
+            return data
+        file = io.BytesIO()
+        turned = ImageOps.exif_transpose(image)
+        if image.format == "PNG":
+            turned.save(file, "PNG")
+        else:
+            turned.save(file, "JPEG", quality=95)
+        return file.getvalue()
+
+
 def open_images(path: str | os.PathLike[str] | None, *, max_bytes: int = MAX_BYTES) -> "Images":
-    """The image files of a folder or a zip; of nothing where `path` is None.
+    """The image files of a folder, a zip or a tar; of nothing where `path` is None.
 
     Raises:
-        UserError: there is no such folder or zip, or the zip cannot be read.
+        UserError: there is no such folder or archive, or it cannot be read.
     """
     if path is None:
         return Images(max_bytes)
@@ -79,6 +95,8 @@ def open_images(path: str | os.PathLike[str] | None, *, max_bytes: int = MAX_BYT
         return FolderImages(path, max_bytes)
     if not path.exists():
         raise UserError(f"there is no image folder or zip at {path}")
+    if tarfile.is_tarfile(path):
+        return TarImages(path, max_bytes)
     return ZipImages(path, max_bytes)
 
 
@@ -124,6 +142,11 @@ class Images:
             return _only(found, f"{id}.*")
         where = "among the images" if self._stamps else "because no image folder or zip with files was given"
         raise Rejected("image not found", f"{path or id} {where}")
+
+    @property
+    def names(self) -> list[str]:
+        """All image files, in order."""
+        return sorted(self._stamps)
 
     def has(self, id: str) -> bool:
         """Whether an image is named after this id."""
@@ -205,6 +228,44 @@ class ZipImages(Images):
 
     def close(self) -> None:
         self._zip.close()
+
+
+class TarImages(Images):
+    """All files of a tar that is not compressed, read in place. What points outside, and links, are refused."""
+
+    def __init__(self, path: Path, max_bytes: int):
+        super().__init__(max_bytes)
+        self._places: dict[str, tuple[int, int]] = {}
+        try:
+            with tarfile.open(path, "r:") as archive:
+                for member in archive:
+                    self._list(member)
+        except tarfile.TarError as error:
+            raise UserError(
+                f"{path} is not a tar that can be read in place ({error}): if it is compressed, unpack it first"
+            ) from error
+        self._file = open(path, "rb")  # noqa: SIM115 (open as long as this is)
+
+    def _list(self, member: tarfile.TarInfo) -> None:
+        name = str(PurePosixPath(member.name))
+        if member.isdir():
+            return
+        if _points_outside(member.name):
+            self.refused[name] = "points outside"
+        elif not member.isreg() or member.issparse():
+            self.refused[name] = "a link or a special file"
+        elif name in self._places:
+            self.refused[name] = "a second entry of the same name (the first is used)"
+        else:
+            self._add(name, f"{member.size}-{member.chksum:x}-{member.mtime}")
+            self._places[name] = (member.offset_data, member.size)
+
+    def _read(self, name: str) -> bytes:
+        start, size = self._places[name]
+        return os.pread(self._file.fileno(), min(size, self.max_bytes + 1), start)  # no shared position: thread-safe
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _points_outside(name: str) -> bool:

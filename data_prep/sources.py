@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,6 +87,18 @@ class Source:
         for number, wanted in by_file.items():
             file = self.files[number]
             yield from _fetch_parquet(file, wanted) if self._suffix == ".parquet" else _fetch_jsonl(file, wanted)
+
+    def fetch_all(self, places: Sequence[Place]) -> list[dict[str, Any] | Rejected]:
+        """As `fetch`, of rows that need not have been readable: what cannot be read says why."""
+        found: list[dict[str, Any] | Rejected] = []
+        for place in places:
+            if self._suffix == ".parquet":
+                return list(self.fetch(places))  # every row of it could be read
+            try:
+                found += self.fetch([place])
+            except Rejected as why:
+                found.append(why)
+        return found
 
 
 def _scan_jsonl(path: Path, number: int) -> Iterator[Row]:
