@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 from PIL import Image
@@ -47,6 +49,14 @@ def write_judge(path: Path, url: str, judge: dict | None = None, **changes) -> P
     settings = agent(url, "judge", **{"max_tokens": 1000, "expected_tokens": 205, **changes})
     path.write_text(json.dumps({"name": "judge", "agent": settings, **(judge or {})}))
     return path
+
+
+def start(verb: str, *arguments: object, **options) -> subprocess.Popen[str]:
+    """`silkie corpus VERB ...` in a process of its own."""
+    command = [sys.executable, "-m", "silkie_jax.cli", "corpus", verb, *map(str, arguments)]
+    return subprocess.Popen(
+        command, **{"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, **options}
+    )
 
 
 def everything(folder: Path) -> list:

@@ -1,9 +1,6 @@
 """Responses and ratings over a real connection: the same outcome whatever the server does on the way."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 
@@ -15,7 +12,7 @@ from data_prep.respond import Deal, respond
 from data_prep.stage import Options
 from data_prep.store import Run
 from silkie_jax.errors import UserError
-from tests.data_prep.runs import MODELS, QUIET, cents, everything, make_run, write_judge, write_pool
+from tests.data_prep.runs import MODELS, QUIET, cents, everything, make_run, start, write_judge, write_pool
 from tests.data_prep.server import Script, Server
 
 PASSING = {"429": 0.1, "429-retry-after": 0.1, "500": 0.05, "503": 0.05, "reset": 0.1, "malformed": 0.05,
@@ -216,17 +213,7 @@ def test_ctrl_c_drains_and_the_same_command_continues(tmp_path):
     with Server(Script(delay=0.1)) as server:
         make_run(tmp_path / "run", 60)
         pool = write_pool(tmp_path / "pool", server.url, concurrency=2)
-        command = [
-            sys.executable,
-            "-m",
-            "silkie_jax.cli",
-            "corpus",
-            "respond",
-            str(tmp_path / "run"),
-            "--pool",
-            str(pool),
-        ]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."})
+        process = start("respond", tmp_path / "run", "--pool", pool)
         while len(server.log) < 30:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
