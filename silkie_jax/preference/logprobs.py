@@ -42,7 +42,8 @@ def token_logprobs(
     if frozen_head:
         out = _frozen_head(rows, by_chunk(labels), head)
     else:
-        out = jax.lax.map(lambda x: jax.checkpoint(_logprobs)(*x, head)[0], (rows, by_chunk(labels)))
+        again = jax.checkpoint(_logprobs)
+        out = jax.lax.map(lambda x: again(x[0], x[1], head)[0], (rows, by_chunk(labels)))
     return out.swapaxes(0, 1).reshape(batch, -1)[:, :count]
 
 
@@ -65,7 +66,7 @@ def _logprobs(
 def _frozen_head(
     rows: Float[Array, "C B c W"], labels: Int[Array, "C B c"], head: Float[Array, "V W"]
 ) -> Float[Array, "C B c"]:
-    return jax.lax.map(lambda x: _logprobs(*x, head)[0], (rows, labels))
+    return jax.lax.map(lambda x: _logprobs(x[0], x[1], head)[0], (rows, labels))
 
 
 def _frozen_head_forward(rows: Array, labels: Array, head: Array) -> tuple[Array, Array]:

@@ -35,7 +35,6 @@ CHIPS = (
 
 def find_chip(device_kind: str) -> Chip | None:
     """The chip that JAX calls `device_kind`; None for one that is not listed (such as a CPU)."""
-    exact = [chip for chip in CHIPS if chip.name == device_kind]
-    # "TPU v5p" and "NVIDIA H100 80GB HBM3" name more than the table does.
+    # "TPU v5p" and "NVIDIA H100 80GB HBM3" say more than the table, "TPU v5 lite" must not be taken for "TPU v5".
     named = [chip for chip in CHIPS if chip.name in device_kind]
-    return (exact or sorted(named, key=lambda chip: -len(chip.name)) or [None])[0]
+    return max(named, key=lambda chip: len(chip.name), default=None)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
@@ -26,7 +26,7 @@ def collective_bytes(hlo: str) -> dict[str, float]:
     """
     computations, entry = _computations(hlo)
     times = _executions(computations, entry)
-    total: Counter[str] = Counter()
+    total: defaultdict[str, float] = defaultdict(float)
     for name, lines in computations.items():
         for line in lines:
             match = _INSTRUCTION.match(line)

@@ -105,6 +105,6 @@ def _skipped(corpus: CorpusReader, sizes: Int[np.ndarray, "R 6"]) -> Skipped:
 def local_sequences(mesh: Mesh, count: int) -> Bool[np.ndarray, "B"]:
     """Which of `count` sequences lie on this host's devices."""
     local = np.zeros(count, bool)
-    for (index,) in batch_sharding(mesh).addressable_devices_indices_map((count,)).values():
+    for index in batch_sharding(mesh).addressable_devices_indices_map((count,)).values():
         local[index] = True
     return local

@@ -133,8 +133,8 @@ def forecast(config: TrainConfig, topology: str, lengths: Lengths) -> Forecast:
             raise
         raise UserError(f"{topology}: does not fit the chip: {_first_line(e)}; use fewer batch_rows") from None
     took = time.monotonic() - began
-    memory = compiled.memory_analysis()
-    collectives = collective_bytes(compiled.as_text())
+    memory: Any = compiled.memory_analysis()
+    collectives = collective_bytes(compiled.as_text() or "")
     chip = find_chip(mesh.devices.flat[0].device_kind)
     flops = _flops(config, model, lengths)
     seconds = {}

@@ -39,7 +39,7 @@ def score(
     if batch_rows < 1:
         raise UserError(f"--batch-rows must be at least 1, not {batch_rows}")
     corpus = CorpusReader(corpus_path)
-    about = {"model": str(model_path), "adapter": str(adapter or ""), "corpus": corpus.fingerprint}
+    about: dict[str, Any] = {"model": str(model_path), "adapter": str(adapter or ""), "corpus": corpus.fingerprint}
     about |= {"dtype": dtype, "max_length": max_length}
     part = out.with_name(out.name + ".part")
     done = _records_done(part, about)

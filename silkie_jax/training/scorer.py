@@ -1,6 +1,6 @@
 """Log-probabilities of every response of some records, as training sees them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -46,7 +46,7 @@ class Scorer:
     ):
         self.config, self.tokenizer, self.mesh, self.workers = model.config, tokenizer, mesh, workers
         self.rows = round_up(batch_rows, batch_shards(mesh))
-        self.limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+        self._make_row = partial(make_row, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)
         graph, self._state = nnx.split(model)
 
         @partial(jax.jit, static_argnames="branches", out_shardings=replicated(mesh))
@@ -62,10 +62,10 @@ class Scorer:
     def __call__(self, records: Sequence[Record]) -> list[Scored]:
         """Scores records; rows of like length go through the model together."""
         rows = [self._row(record) for record in records]
-        order = [i for i, row in enumerate(rows) if isinstance(row, Row)]
-        order.sort(key=lambda i: len(rows[i].tokens))  # type: ignore[union-attr]
+        laid_out = {i: row for i, row in enumerate(rows) if isinstance(row, Row)}
+        order = sorted(laid_out, key=lambda i: len(laid_out[i].tokens))
         chunks = [order[first : first + self.rows] for first in range(0, len(order), self.rows)]
-        prepared = grain.MapDataset.source(chunks).map(partial(self._prepare, rows)) if chunks else []
+        prepared = grain.MapDataset.source(chunks).map(partial(self._prepare, laid_out)) if chunks else []
         logps = [np.full(len(record.responses), np.nan, np.float32) for record in records]
         for chunk, (arrays, branches) in zip(chunks, self._ahead(prepared), strict=True):
             values = np.asarray(self._forward(self._state, put(arrays, self.mesh), branches=branches))
@@ -77,11 +77,11 @@ class Scorer:
         if not record.responses:
             return None
         try:
-            return make_row(self.tokenizer, record, responses=range(len(record.responses)), **self.limits)
+            return self._make_row(record, responses=range(len(record.responses)))
         except RowTooLong as e:
             return e
 
-    def _prepare(self, rows: Sequence[Row], chunk: list[int]) -> tuple[dict[str, np.ndarray], int]:
+    def _prepare(self, rows: Mapping[int, Row], chunk: list[int]) -> tuple[dict[str, np.ndarray], int]:
         groups = [[rows[i]] for i in chunk] + [[]] * (self.rows - len(chunk))
         shape = make_shape(self.rows, [np.array(row_sizes(row)) for group in groups for row in group])
         arrays = collate(groups, shape, self.tokenizer.end_of_text)
