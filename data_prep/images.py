@@ -68,6 +68,11 @@ def check_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> bytes:
         raise Rejected("unreadable image", error or type(error).__name__) from error
 
 
+def suffix(data: bytes) -> str:
+    """What the name of a stored image file ends in."""
+    return ".png" if data.startswith(b"\x89PNG") else ".jpg"
+
+
 def upright(data: bytes) -> bytes:
     """A checked JPEG or PNG file as a viewer shows it: turned where its EXIF orientation says so, else as it is."""
     with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
