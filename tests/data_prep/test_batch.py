@@ -95,17 +95,7 @@ def test_another_process_collects(tmp_path):
     with Server(script) as server:
         make_run(tmp_path / "run", 10)
         pool = write_pool(tmp_path / "pool", server.url)
-        command = [
-            sys.executable,
-            "-m",
-            "silkie_jax.cli",
-            "corpus",
-            "respond",
-            str(tmp_path / "run"),
-            "--pool",
-            str(pool),
-        ]
-        process = subprocess.Popen([*command, "--batch", "--poll", "0.05"], stderr=subprocess.DEVNULL)
+        process = start("respond", tmp_path / "run", "--pool", pool, "--batch", "--poll", "0.05")
         while sum(batch["looks"] for batch in server.batches.values()) < 8:
             time.sleep(0.02)
         process.kill()

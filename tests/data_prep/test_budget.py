@@ -28,7 +28,7 @@ def test_never_passed_and_well_used(tmp_path, limit, faults):
     with Server(Script(faults=faults, delay=0.005)) as server:
         make_run(tmp_path / "run", 60, STATED)
         pool = write_pool(tmp_path / "pool", server.url)
-        with pytest.raises(UserError, match="stopped before the budget .* could be passed.*larger --budget"):
+        with pytest.raises(UserError, match=r"stopped before the budget .* could be passed.*larger --budget"):
             respond(tmp_path / "run", pool, spending(limit))
         with Run.open(tmp_path / "run") as run:
             assert run.spent() <= limit
@@ -148,5 +148,5 @@ def test_a_kill_counts_what_was_in_flight(tmp_path):
             rate(tmp_path / "run", [write_judge(tmp_path / "judge", server.url)], spending(0.25))
     with Run.open(tmp_path / "run") as run:
         assert run.spent() == spent + 0.25
-        assert run.spending()[0].attempts.total() == 1 or "lost" in str(run.spending())
+        assert sum(s.attempts.get("lost", 0) for s in run.spending()) == 1
     assert everything(tmp_path / "run")[0].replies == ()
