@@ -100,7 +100,7 @@ def run_steps(
         if step % config.log_every == 0 or last:
             logged |= {k: float(v) for k, v in jax.device_get(values).items()}
             logged["learning_rate"] = trainer.learning_rate(skipped=bool(logged["skipped"]))
-            logged |= meters.take()
+            logged |= {"epoch": step / data.train.steps_per_epoch, **meters.take()}
         if data.evaluation and (step % config.evaluate_every == 0 or last):
             with meters.paused():
                 logged |= evaluate(trainer, data.evaluation)
