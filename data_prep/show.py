@@ -6,12 +6,14 @@ import math
 import os
 import shutil
 import textwrap
+import unicodedata
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from data_prep.images import suffix
 from silkie_jax.corpus import CorpusReader, Record
 from silkie_jax.corpus import pairs as rules
 from silkie_jax.errors import UserError
@@ -48,7 +50,7 @@ def _write_images(record: Record, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for data, sha256 in zip(record.images, record.image_sha256, strict=True):
-        path = folder / f"{sha256[:16]}{'.png' if data.startswith(b'\x89PNG') else '.jpg'}"
+        path = folder / (sha256[:16] + suffix(data))
         path.write_bytes(data)
         paths.append(str(path))
     return paths
@@ -57,11 +59,10 @@ def _write_images(record: Record, folder: Path) -> list[str]:
 def _as_json(record: Record, paths: list[str]) -> str:
     value: dict[str, Any] = asdict(record)
     value["images"] = [
-        {"sha256": sha256, "bytes": len(data)} | ({"path": path} if path else {})
-        for data, sha256, path in zip(
-            record.images, record.image_sha256, paths or [""] * len(record.images), strict=True
-        )
+        {"sha256": sha256, "bytes": len(data)} for data, sha256 in zip(record.images, record.image_sha256, strict=True)
     ]
+    for image, path in zip(value["images"], paths, strict=False):
+        image["path"] = path
     for response in value["responses"]:
         ratings = response["ratings"]
         response["ratings"] = {aspect: None if math.isnan(rating) else rating for aspect, rating in ratings.items()}
@@ -109,6 +110,4 @@ def _as_text(record: Record, number: int, paths: list[str]) -> str:
 
 def _printable(words: str) -> str:
     """A text without control characters, which could move the cursor of a terminal or worse."""
-    return "".join(
-        c if c.isprintable() or c == "\n" else "\ufffd" if ord(c) < 32 or ord(c) == 127 else c for c in words
-    )
+    return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in words)
