@@ -195,9 +195,8 @@ def _check_agent(agent: Agent, path: str | os.PathLike[str], key: str) -> None:
         _need(path, ok, key + message)
 
     need(bool(agent.model) or agent.local is not None, "model must be set (or local, for a folder)")
-    url = urlsplit(agent.base_url)
-    need(url.scheme in ("http", "https") and bool(url.hostname), "base_url must begin with http:// or https://")
-    need(not url.username and not url.query, "base_url must hold no key: name its variable in api_key_env")
+    need(not set("@?#") & set(agent.base_url), "base_url must hold no key: name its variable in api_key_env")
+    need(_is_url(agent.base_url), "base_url must be like https://host/v1")
     need(
         agent.api_key_env is None or bool(_ENVIRONMENT.fullmatch(agent.api_key_env)),
         "api_key_env must be the name of an environment variable, not the key itself",
@@ -221,6 +220,14 @@ def _check_agent(agent: Agent, path: str | os.PathLike[str], key: str) -> None:
     if agent.price is not None:
         amounts = (agent.price.input, agent.price.output, agent.price.batch)
         need(min(amounts) >= 0, "price must not be negative")
+
+
+def _is_url(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        return False
 
 
 def _need(path: str | os.PathLike[str], ok: bool, message: str) -> None:

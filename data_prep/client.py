@@ -1,6 +1,7 @@
 """One agent's endpoint by the `openai` client: bytes out, a typed reply back. One call is one attempt."""
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +12,11 @@ from data_prep import replies
 from data_prep.agents import Agent
 from data_prep.replies import Reply, Scrubber
 
+_LOCAL_SECONDS = 3600.0  # a model of one's own compiles first, and has one queue for all
 _NO_KEY = "none"  # the client wants one even for endpoints that ask for none
+
+# At DEBUG it writes the headers of replies as they come, and a server may repeat a key in them.
+logging.getLogger("httpcore2").setLevel(logging.INFO)
 
 
 class Answer(NamedTuple):
@@ -27,16 +32,17 @@ class Client:
     Args:
         agent: whose endpoint.
         key: of its API, or None.
-        base_url: in place of the agent's.
+        base_url: of a local agent's server, in place of the agent's.
     """
 
     def __init__(self, agent: Agent, key: str | None, base_url: str | None = None):
         self.agent = agent
+        self.timeout = agent.timeout if base_url is None else _LOCAL_SECONDS
         self.scrub = Scrubber([key])
         self.api = openai.AsyncOpenAI(
             api_key=key or _NO_KEY,
             base_url=base_url or agent.base_url,
-            timeout=agent.timeout,
+            timeout=self.timeout,
             max_retries=0,
         )
 
@@ -51,7 +57,7 @@ class Client:
         try:
             # The raw response: what is stored is what was received, whatever shape it has.
             options: Any = {"headers": {"Content-Type": "application/json"}}
-            async with asyncio.timeout(self.agent.timeout):
+            async with asyncio.timeout(self.timeout):
                 response = await self.api.post(
                     "/chat/completions", cast_to=httpx2.Response, content=body, options=options
                 )
@@ -60,7 +66,7 @@ class Client:
                 replies.read(error.status_code, self.scrub.error(error.response.text)), error.response.headers
             )
         except (openai.APITimeoutError, TimeoutError):
-            words = f"no reply within {self.agent.timeout:g} s"
+            words = f"no reply within {self.timeout:g} s"
             return Answer(Reply(replies.TIMEOUT, error=words, may_be_billed=True), {})
         except (openai.OpenAIError, httpx2.HTTPError, OSError, ValueError) as error:
             cause = error.__cause__ or error

@@ -20,7 +20,7 @@ def load_yaml(path: str | os.PathLike[str], schema: type[T]) -> T:
     """The dataclass `schema` filled from a YAML file; what the file does not name keeps its default.
 
     Nested dataclasses, lists and mappings of dataclasses are checked key by key. Fields without a default must be
-    given. `${oc.env:...}` is not resolved from these files: keys are read from the environment by name, never stored.
+    given. `${oc.env:...}` is refused in these files: keys are read from the environment by name, never stored.
 
     Raises:
         UserError: the file cannot be read, or a key is unknown, missing or of the wrong kind.
@@ -43,6 +43,7 @@ def make(given: Mapping[Any, Any], schema: type[T], where: str = "config") -> T:
     """As `load_yaml`, from a mapping; `where` names it in errors."""
     given = json.loads(json.dumps(given, default=str))  # keys become texts, and what was stored as JSON reads the same
     _check_keys(given, schema, where)
+    _check_texts(given, where)
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))  # type: ignore[return-value]
     except OmegaConfBaseException as e:
@@ -73,6 +74,18 @@ def _check_keys(given: Mapping[Any, Any], schema: type, where: str, prefix: str 
         for path, item in nested.items():
             if isinstance(item, Mapping):
                 _check_keys(item, inner, where, path)
+
+
+def _check_texts(given: Any, where: str, path: str = "") -> None:
+    """Refuses what OmegaConf would replace: a secret of the environment could end up in a database."""
+    if isinstance(given, Mapping):
+        for key, value in given.items():
+            _check_texts(value, where, f"{path}.{key}" if path else str(key))
+    elif isinstance(given, list):
+        for n, value in enumerate(given):
+            _check_texts(value, where, f"{path}[{n}]")
+    elif isinstance(given, str) and "${" in given:
+        raise UserError(f"{where}: {path}: interpolation with ${{...}} is not supported here; write the value itself")
 
 
 def _dataclass_in(annotation: Any) -> type | None:
