@@ -61,6 +61,7 @@ def write_report(
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     html = environment.get_template("report.html").render(numbers=numbers, examples=shown, remarks=remarks(numbers))
+    html = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", html)
     for path, text in (
         (page.with_suffix(".json"), json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False) + "\n"),
         (page, html),
@@ -185,5 +186,4 @@ def _thumbnail(data: bytes) -> str:
 
 
 def _shorten(text: str) -> str:
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", text)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … ({len(text):,} characters)"
