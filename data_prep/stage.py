@@ -72,15 +72,21 @@ class Outcome:
 
 def estimate_table(estimates: list[Estimate]) -> str:
     """Requests, tokens and cost that are expected, by agent and in all."""
-    rows = [(e.agent, e.requests, e.input_tokens, e.output_tokens, e.cost) for e in estimates]
     costs = [e.cost for e in estimates if e.requests]
-    total = None if None in costs else sum(costs)  # type: ignore[arg-type]
-    rows.append(("all", *(sum(row[n] for row in rows) for n in (1, 2, 3)), total))  # type: ignore[misc]
-    width = max(len(row[0]) for row in rows)
+    total = Estimate(
+        agent="all",
+        requests=sum(e.requests for e in estimates),
+        input_tokens=sum(e.input_tokens for e in estimates),
+        output_tokens=sum(e.output_tokens for e in estimates),
+        cost=None if None in costs else sum(cost or 0.0 for cost in costs),
+    )
+    rows = [*estimates, total]
+    width = max(len(row.agent) for row in rows)
     lines = [f"  {'expected':<{width}} {'requests':>10} {'tokens in':>13} {'tokens out':>13} {'cost':>12}"]
-    for name, requests, tokens_in, tokens_out, cost in rows:
-        price = "unknown" if cost is None else usd(cost)
-        lines.append(f"  {name:<{width}} {requests:>10,} {tokens_in:>13,.0f} {tokens_out:>13,.0f} {price:>12}")
+    for row in rows:
+        tokens = f"{row.input_tokens:>13,.0f} {row.output_tokens:>13,.0f}"
+        price = "unknown" if row.cost is None else usd(row.cost)
+        lines.append(f"  {row.agent:<{width}} {row.requests:>10,} {tokens} {price:>12}")
     return "\n".join(lines)
 
 

@@ -133,24 +133,26 @@ class Generator:
         """
         if body.get("stream") or body.get("n", 1) != 1:
             raise UserError("stream and n are not supported")
-        system, turns, images = SYSTEM, [], []
+        system = SYSTEM
+        history: list[Turn] = []
+        asked: tuple[str, int] | None = None  # the user's turn that has no reply yet, with its number of images
+        images: list[np.ndarray] = []
         for message in body.get("messages") or []:
             text, found = self._content(message.get("content"))
-            match message.get("role"):
-                case "system":
-                    system = text
-                case "user":
-                    turns.append([text, None, len(found)])
-                    images += found
-                case "assistant" if turns and turns[-1][1] is None:
-                    turns[-1][1] = text
-                case role:
-                    raise UserError(f"a message of role {role!r} is out of place")
-        if not turns or turns[-1][1] is not None or any(reply is None for _, reply, _ in turns[:-1]):
-            raise UserError("messages must alternate between user and assistant and end with the user's")
-        history = [Turn(text, reply, shown) for text, reply, shown in turns[:-1]]
-        text, _, shown = turns[-1]
-        prompt = chat_prompt(self.tokenizer, text, shown, history, system)
+            role = message.get("role")
+            if role == "system":
+                system = text
+            elif role == "user" and asked is None:
+                asked = text, len(found)
+                images += found
+            elif role == "assistant" and asked is not None:
+                history.append(Turn(asked[0], text, asked[1]))
+                asked = None
+            else:
+                raise UserError(f"a message of role {role!r} is out of place: user and assistant take turns")
+        if asked is None:
+            raise UserError("the last message must be the user's")
+        prompt = chat_prompt(self.tokenizer, *asked, history, system)
         return Job(
             tokens=prompt.tokens,
             images=images[prompt.dropped_images :],

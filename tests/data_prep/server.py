@@ -79,11 +79,13 @@ class Server:
     Attributes:
         url: base URL for a client.
         log: everything seen, in order.
+        hits: HTTP requests so far.
     """
 
     def __init__(self, script: Script | None = None, port: int = 0):
         self.script = script or Script()
         self.log: list[Seen] = []
+        self.hits = 0
         self.headers: list[dict[str, str]] = []
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict] = {}
@@ -106,6 +108,12 @@ class Server:
     def paid(self) -> Counter[str]:
         """Request -> how often it was answered and billed."""
         return Counter(seen.key for seen in self.log if seen.paid)
+
+    def forget(self) -> None:
+        """Every request is again the first of its kind."""
+        self.log.clear()
+        self.batches.clear()
+        self._attempts.clear()
 
     def tokens(self) -> tuple[int, int]:
         """Input and output tokens billed."""
@@ -131,6 +139,7 @@ class Server:
                 headers = {k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in lines) if k}
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
                 method, path, _ = request.split(" ")
+                self.hits += 1
                 self.headers.append(headers) if len(self.headers) < 10 else None
                 answer = await self._route(method, path.partition("?")[0].removeprefix("/v1"), headers, body)
                 if answer is None:  # a connection reset
