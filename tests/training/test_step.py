@@ -17,10 +17,11 @@ from silkie_jax.qwen_vl.lora import add_lora
 from silkie_jax.qwen_vl.names import leaves
 from silkie_jax.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.qwen_vl.weights import load_model
-from silkie_jax.training.config import MeshConfig, make_config
-from silkie_jax.training.loop import Trainer
+from silkie_jax.training.config import make_config
+from silkie_jax.training.loop import save_result
 from silkie_jax.training.mesh import make_mesh
 from silkie_jax.training.step import Objective, decay_mask, make_optimizer, make_schedule, trainable_filter
+from silkie_jax.training.trainer import Program, Trainer, load_policy
 from tests.reference.objective import AdamW, log_softmax, pair_losses
 from tests.reference.qwen_vl import QwenVL, load_checkpoint
 from tests.training.support import (
@@ -207,7 +208,10 @@ def batch(tokenizer):
 def trainer(folder, tmp_path, **values):
     given = {"model": str(folder), "corpus": "-", "run_dir": str(tmp_path), "steps": 3, "dtype": "float32"}
     given |= {"optimizer": {"learning_rate": 1e-3, "warmup_ratio": 0}}
-    return Trainer(make_config(given | values), make_mesh(MeshConfig(data=1)), steps_per_epoch=1)
+    config, mesh = make_config(given | values), make_mesh(data=1)
+    policy = load_policy(config, mesh)
+    program = Program(config, policy.config, mesh, config.steps, policy)
+    return Trainer(program, program.start(policy))
 
 
 @pytest.mark.parametrize(
@@ -222,14 +226,14 @@ def trainer(folder, tmp_path, **values):
 def test_only_what_should_train_changes(folder, tmp_path, batch, values, moves):
     """Also against a copy as reference, which starts at no difference and stays what it was."""
     run = trainer(folder, tmp_path, **values)
-    assert run.config.reference == "copy"
+    assert run.program.config.reference == "copy"
     first = run.update(batch)
     assert float(first["loss"]) == pytest.approx(math.log(2), rel=1e-6)
     assert float(first["rewards/margins"]) == 0
     second = run.update(batch)
     assert float(second["rewards/margins"]) > 0
     assert float(second["loss"]) < math.log(2)
-    run.save_result(tmp_path)
+    save_result(run, tmp_path)
     before, after = (by_path(nnx.state(load_model(path))) for path in (folder, tmp_path / "model"))
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     parts = {
@@ -249,14 +253,14 @@ def test_trained_weights_stay_float32_in_bfloat16(folder, tmp_path, batch):
     def types(state):
         return {x.dtype.name for x in jax.tree.leaves(state)}
 
-    before = by_path(run.trainable)
+    before = by_path(run.state.trainable)
     for _ in range(2):
         metrics = run.update(batch)
-        assert types(run.trainable) == {"float32"}
-        assert types(run.frozen) == {"bfloat16"}
-        assert {x.dtype.name for x in jax.tree.leaves(run.optimizer_state)} == {"float32", "int32"}
+        assert types(run.state.trainable) == {"float32"}
+        assert types(run.state.frozen) == {"bfloat16"}
+        assert {x.dtype.name for x in jax.tree.leaves(run.state.optimizer)} == {"float32", "int32"}
     assert float(metrics["rewards/margins"]) != 0
-    after = by_path(run.trainable)
+    after = by_path(run.state.trainable)
     name = "language.layers.mlp.w1.weight"
     moved = np.abs(after[name] - before[name])
     # Such small steps would vanish in bfloat16.
@@ -269,7 +273,7 @@ def test_adapter_off_is_the_reference_of_an_adapter_that_was_trained_before(fold
     run = trainer(folder, tmp_path / "a", lora={"rank": 2})
     assert float(run.update(batch)["rewards/margins"]) == 0
     run.update(batch)
-    run.save_result(tmp_path / "a")
+    save_result(run, tmp_path / "a")
     again = trainer(folder, tmp_path / "b", adapter=str(tmp_path / "a" / "adapter"))
     assert float(again.update(batch)["rewards/margins"]) > 0
     copied = trainer(folder, tmp_path / "b", adapter=str(tmp_path / "a" / "adapter"), reference="copy")
