@@ -258,13 +258,13 @@ class _Gathering:
 
 def _find(asked: Asked, images: Images) -> list[str | bytes]:
     """The images of an instruction: names among the image files, or bytes. COCO's numbers may lack their zeros."""
-    ids = [asked.image_id, f"{asked.image_id:0>12}"] if asked.image_id else [asked.id]
+    ids = [asked.image_id, f"{asked.image_id:0>12}"] if asked.image_id else [""]
     id = next((id for id in ids if images.has(id)), ids[0])
-    if not asked.images:
-        if asked.image_id or images.has(id):
-            return [images.find("", id)]
-        return []
-    return [ref if isinstance(ref, bytes) else images.find(ref, id) for ref in asked.images]
+    if asked.images:
+        return [ref if isinstance(ref, bytes) else images.find(ref, id) for ref in asked.images]
+    if asked.image_id or images.has(asked.id):
+        return [images.find("", id or asked.id)]
+    return []
 
 
 def _rank(seed: int, *parts: str) -> bytes:

@@ -25,7 +25,7 @@ from silkie_jax.errors import UserError
 _TEMPLATES = Path(__file__).parent / "templates"
 _THUMBNAIL = 320  # pixels of the longer side
 _LONGEST = 3000  # characters of a text that the page shows
-_ENOUGH = 100  # observations below which no bias is claimed
+_ENOUGH = 30  # observations below which no bias is claimed
 
 
 def write_report(
@@ -139,7 +139,7 @@ def _bias(places: dict[str, dict[str, Any]]) -> tuple[float, str] | None:
     strong = [
         (row["mean"], place)
         for place, row in places.items()
-        if row["n"] >= _ENOUGH // 2 and abs(row["mean"]) > max(0.1, 4 * (row["standard_error"] or 0.0))
+        if row["n"] >= _ENOUGH and abs(row["mean"]) > max(0.1, 4 * (row["standard_error"] or 0.0))
     ]
     return max(strong, key=lambda item: abs(item[0]), default=None)
 
