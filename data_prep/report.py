@@ -60,7 +60,7 @@ def write_report(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    html = environment.get_template("report.html").render(numbers=numbers, examples=shown, remarks=remarks(numbers))
+    html = environment.get_template("report.j2").render(numbers=numbers, examples=shown, remarks=remarks(numbers))
     html = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", html)
     for path, text in (
         (page.with_suffix(".json"), json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False) + "\n"),

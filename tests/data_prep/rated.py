@@ -27,10 +27,11 @@ def quality(number: int, slot: int) -> int:
 
 
 def fill(
-    folder: Path, count: int, orders: int = 1, judges=("judge",), rubric: Rubric | None = None, size=None, reply=None
+    folder: Path, count: int, orders: int = 1, judges=("judge",), rubric: Rubric | None = None, reply=None, image=None
 ) -> Path:
     """A run of `count` instructions with four responses each, rated by each judge in `orders` orders.
 
+    `image(n)` gives the bytes of the image that instructions 2 n and 2 n + 1 share.
     `reply(number, judge, order, arrangement)` may give another text than the one that rates by `quality`.
     """
     rubric = rubric or load_rubric("vlfeedback")
@@ -38,7 +39,7 @@ def fill(
         with run.transaction():
             instructions = [
                 Instruction(
-                    f"i{n}", f"What is in picture {n}?", (run.add_image(picture(n // 2)),), source=f"source-{n % 3}",
+                    f"i{n}", f"What is in picture {n}?", (run.add_image((image or picture)(n // 2)),), source=f"source-{n % 3}",
                     licence="CC-BY-4.0", extra={"kind": n % 2},
                 )
                 for n in range(count)
