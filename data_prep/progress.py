@@ -2,13 +2,21 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from data_prep import replies
 from data_prep.budget import usd
+from data_prep.store import Run
+
+T = TypeVar("T")
+
+
+def planning(items: Iterable[T], run: Run, show: bool) -> Iterable[T]:
+    """The items, one for each instruction of a run, with a bar where they take long."""
+    return tqdm(items, "planning", total=run.count(), unit="row", delay=1.0, leave=False, disable=not show)
 
 
 class Progress:

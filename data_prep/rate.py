@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from data_prep import replies
 from data_prep.agents import Judge, check_same, load_judge, snapshot
 from data_prep.live import Request, Verdict
 from data_prep.messages import compose, image_tokens, text_bytes
+from data_prep.progress import planning
 from data_prep.ratings import parse
 from data_prep.replies import Reply
 from data_prep.rubric import Rubric, load_rubric
@@ -48,6 +49,7 @@ def rate(
     Raises:
         UserError, KeyboardInterrupt: as `run_stage`.
     """
+    options = options or Options()
     judges: dict[str, tuple[Judge, Rubric]] = {}
     for judge_path in judge_paths:
         judge = load_judge(judge_path)
@@ -64,24 +66,22 @@ def rate(
         def plan() -> None:
             for name, config in configs.items():
                 run.save_settings(f"judge:{name}", config)
-            for gathered in ready(run, allow_missing, skipped):
+            for gathered in ready(planning(run.gathered(), run, options.progress), run, allow_missing, skipped):
                 for judge, rubric in judges.values():
                     if _planned(run, gathered, judge) == judge.orders:
                         continue
                     for order, arrangement in enumerate(arrangements(judge, gathered)):
                         run.db.execute(_INSERT, _values(run, gathered, judge, rubric, order, arrangement))
 
-        outcome = run_stage(
-            run, STAGE, {name: judge.agent for name, (judge, _) in judges.items()}, plan, _reviewer(judges),
-            options or Options(),
-        )  # fmt: skip
+        agents = {name: judge.agent for name, (judge, _) in judges.items()}
+        outcome = run_stage(run, STAGE, agents, plan, _reviewer(judges), options)
         return Outcome(**{**vars(outcome), "notes": tuple(_notes(skipped))})
 
 
-def ready(run: Run, allow_missing: bool, skipped: dict[str, int]) -> Iterator[Gathered]:
+def ready(every: Iterable[Gathered], run: Run, allow_missing: bool, skipped: dict[str, int]) -> Iterator[Gathered]:
     """Instructions whose responses are all settled and at least two; counts the others."""
     open_states = "('open', 'postponed')"
-    for gathered in run.gathered():
+    for gathered in every:
         waiting = run.db.execute(
             f"SELECT 1 FROM requests WHERE stage = 'respond' AND instruction = ? AND state IN {open_states} LIMIT 1",
             (gathered.instruction.number,),

@@ -9,6 +9,7 @@ from data_prep import replies
 from data_prep.agents import Pool, check_same, load_pool, snapshot
 from data_prep.live import Request, Verdict
 from data_prep.messages import compose, image_tokens, text_bytes
+from data_prep.progress import planning
 from data_prep.replies import Reply
 from data_prep.stage import Options, Outcome, run_stage
 from data_prep.store import Instruction, Run, to_json
@@ -31,6 +32,7 @@ def respond(path: str | os.PathLike[str], pool_path: str | os.PathLike[str], opt
     Raises:
         UserError, KeyboardInterrupt: as `run_stage`.
     """
+    options = options or Options()
     pool = load_pool(pool_path)
     with Run.open(path, write=True) as run:
         if not run.count():
@@ -45,7 +47,7 @@ def respond(path: str | os.PathLike[str], pool_path: str | os.PathLike[str], opt
                 return
             run.save_settings("pool", config)
             deal = Deal(pool)
-            for instruction in run.instructions():
+            for instruction in planning(run.instructions(), run, options.progress):
                 drawn, spares = deal(instruction.id)
                 for slot, name in enumerate(drawn):
                     run.db.execute(_INSERT, _values(run, pool, instruction, slot, [name, *spares[slot :: len(drawn)]]))
@@ -61,7 +63,7 @@ def respond(path: str | os.PathLike[str], pool_path: str | os.PathLike[str], opt
             values = _values(run, pool, instruction, request.slot, spares)
             return Verdict(reply.outcome, "failed", ((_INSERT, values),))
 
-        return run_stage(run, STAGE, pool.models, plan, review, options or Options())
+        return run_stage(run, STAGE, pool.models, plan, review, options)
 
 
 class Deal:
