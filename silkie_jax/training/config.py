@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -256,8 +257,10 @@ def _check(config: TrainConfig, where: str) -> None:
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
-    """Writes the resolved configuration as YAML."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    """Writes the resolved configuration as YAML, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    os.replace(temporary, path)
 
 
 # Keys that may differ between the parts of one run: they do not change what is computed.

@@ -49,6 +49,11 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
     del policy
     checkpoints = Checkpoints(run / "checkpoints", config.keep_checkpoints)
     done = checkpoints.latest or 0
+    if done == steps and all(path.is_dir() for path in results(config, run)):
+        checkpoints.close()
+        if main:
+            print(f"all {steps} steps of this run were done before; nothing is left to do")
+        return run
     if done:
         state = trainer.state
         trainer.resume(*checkpoints.restore(done, state.trainable, state.optimizer))
@@ -193,15 +198,22 @@ def evaluate(trainer: Trainer, source: BatchSource) -> dict[str, float]:
     return {f"eval_{name}": value / max(weight, 1) for name, value in sums.items()}
 
 
+def results(config: TrainConfig, run: Path) -> list[Path]:
+    """What a finished run holds: model/ where weights of the base were trained, adapter/ where there is one."""
+    whole = not config.lora or config.train_vision != "none"
+    return [run / "model"] * whole + [run / "adapter"] * (config.lora is not None)
+
+
 def save_result(trainer: Trainer, run: Path) -> None:
-    """Writes adapter/ where there is one, and model/ where weights of the base were trained."""
+    """Writes `results`."""
     config, model = trainer.program.config, trainer.model()
     base = config.model
-    if not config.lora or config.train_vision != "none":
-        save_model(model, run / "model", like=config.model, dtype=config.dtype)
-        base = str(run / "model")
-    if config.lora:
-        save_adapter(model, run / "adapter", base_model=base)
+    for folder in results(config, run):
+        if folder.name == "model":
+            save_model(model, folder, like=config.model, dtype=config.dtype)
+            base = str(folder)
+        else:
+            save_adapter(model, folder, base_model=base)
 
 
 def describe(trainer: Trainer, data: Data, done: int) -> str:
@@ -209,10 +221,11 @@ def describe(trainer: Trainer, data: Data, done: int) -> str:
     program, config = trainer.program, trainer.program.config
     count = sum(x.size for x in jax.tree.leaves(trainer.state.trainable))
     held = len(data.evaluation.indices) if data.evaluation else 0
+    listed = " (listed in skipped.jsonl)" if data.skipped.too_long or data.skipped.cut else ""
     shape = " x ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
     return "\n".join(
         (
-            f"{len(data.train.indices)} instructions to train on, {held} held out; {data.skipped}",
+            f"{len(data.train.indices)} instructions to train on, {held} held out; {data.skipped}{listed}",
             f"{count:,} trained parameters, mesh {shape}, {config.batch_rows} x {config.accumulate} rows an update",
             f"continuing after step {done} of {program.steps}" if done else f"{program.steps} steps",
         )
