@@ -12,6 +12,7 @@ installed, and its bytes are compared. Memory: the largest resident set of `silk
 import argparse
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import statistics
@@ -30,6 +31,8 @@ from silkie_jax.corpus import CorpusReader
 from silkie_jax.corpus.schema import features
 from tests.data_prep.rated import fill
 from tests.data_prep.runs import picture as small_picture
+
+_BEAM = ["--runner=DirectRunner", "--direct_running_mode=multi_processing", "--direct_num_workers=0"]
 
 
 def main() -> None:
@@ -68,8 +71,7 @@ def speed(folder: Path, records: int, image_kb: int, rounds: int) -> dict[str, A
             "ours, one process": lambda dst: build(run, dst, workers=1, progress=False),
         }
         if importlib.util.find_spec("apache_beam"):
-            options = ["--runner=DirectRunner", "--direct_running_mode=multi_processing", "--direct_num_workers=0"]
-            ways["ours, Beam"] = lambda dst: build(run, dst, runner="beam", beam_options=options, progress=False)
+            ways["ours, Beam"] = lambda dst: build(run, dst, runner="beam", beam_options=_BEAM, progress=False)
         for way, function in ways.items():
             dst = folder / f"{way} {turn}"
             began = time.perf_counter()
@@ -98,7 +100,7 @@ def _with_tfds(dst: Path, corpus: CorpusReader) -> None:
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self) -> Any:
-            return self.dataset_info_from_configs(features=features())
+            return tfds.core.DatasetInfo(builder=self, features=features())
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
             return {"train": self._generate_examples()}
@@ -112,8 +114,6 @@ def _with_tfds(dst: Path, corpus: CorpusReader) -> None:
 
 
 def _as_example(record: Any) -> dict[str, Any]:
-    import io
-
     responses = record.responses
     return {
         "id": record.id,

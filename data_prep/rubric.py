@@ -10,7 +10,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -180,6 +180,7 @@ def check_rubric(rubric: Rubric, where: str = "rubric") -> None:
         _template(rubric.template, form)
 
 
+@lru_cache(4096)  # headings come again and again
 def plain(name: str) -> str:
     """A name by its letters and digits alone, without the words that headings add: what names are compared by."""
     words = re.findall(r"[^\W_]+", straight(name).casefold())

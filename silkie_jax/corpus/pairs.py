@@ -16,6 +16,7 @@ A configuration says `pair_rule: mean_rating` or, with options,
 A response without a number for one of the aspects that a rule needs is in none of that rule's pairs.
 """
 
+import functools
 import inspect
 import itertools
 import math
@@ -163,7 +164,7 @@ def _name_and_options(rule: Rule, options: Mapping[str, Any]) -> tuple[str, dict
         rule = rule.get("name", "")
     if not isinstance(rule, str) or rule not in _RULES:
         raise UserError(f"pair_rule: there is no rule {rule!r}; choose one of {', '.join(RULES)}")
-    parameters = list(inspect.signature(_RULES[rule]).parameters.values())[1:]
+    parameters = _parameters(rule)
     for key in options:
         if key not in [parameter.name for parameter in parameters]:
             known = ", ".join(parameter.name for parameter in parameters) or "none"
@@ -177,6 +178,12 @@ def _name_and_options(rule: Rule, options: Mapping[str, Any]) -> tuple[str, dict
         elif not isinstance(value, str):
             raise UserError(f"pair_rule {rule}: {key} must be a name, not {value!r}")
     return rule, options
+
+
+@functools.cache
+def _parameters(rule: str) -> list[inspect.Parameter]:
+    """A rule's options."""
+    return list(inspect.signature(_RULES[rule]).parameters.values())[1:]
 
 
 def _check_weights(weights: Any) -> None:

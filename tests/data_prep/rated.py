@@ -35,11 +35,12 @@ def fill(
     `reply(number, judge, order, arrangement)` may give another text than the one that rates by `quality`.
     """
     rubric = rubric or load_rubric("vlfeedback")
+    image = image or picture
     with Run.create(folder) as run:
         with run.transaction():
             instructions = [
                 Instruction(
-                    f"i{n}", f"What is in picture {n}?", (run.add_image((image or picture)(n // 2)),), source=f"source-{n % 3}",
+                    f"i{n}", f"What is in picture {n}?", (run.add_image(image(n // 2)),), source=f"source-{n % 3}",
                     licence="CC-BY-4.0", extra={"kind": n % 2},
                 )
                 for n in range(count)
