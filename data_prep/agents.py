@@ -156,7 +156,8 @@ def read_key(agent: Agent, name: str) -> str | None:
 # What may change between two commands of one run: it does not change what is asked.
 _FREE = {
     *("base_url", "api_key_env", "requests_per_minute", "tokens_per_minute", "concurrency", "timeout", "attempts"),
-    *("batch", "batch_lines", "batch_bytes", "patience", "price", "image_tokens", "expected_tokens", "serves"),
+    *("orders", "parse_attempts", "replace_failed", "batch", "batch_lines", "batch_bytes"),
+    *("patience", "price", "image_tokens", "expected_tokens", "serves"),
 }
 
 

@@ -1,5 +1,6 @@
 """Ratings: judges see the responses of an instruction together, in a recorded order, and rate each by a rubric."""
 
+import math
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -57,6 +58,8 @@ def rate(
             raise UserError(f"{judge_path}: there are two judges {judge.name!r}: give each a name of its own")
         judges[judge.name] = judge, load_rubric(judge.rubric, Path(judge_path).parent)
     with Run.open(path, write=True) as run:
+        if not run.settings("pool"):
+            raise UserError(f"the run {path} holds no responses: make some with `silkie corpus respond`")
         configs = {name: snapshot(judge) | {"rubric": asdict(rubric)} for name, (judge, rubric) in judges.items()}
         for name, config in configs.items():
             if before := run.settings(f"judge:{name}"):
@@ -68,7 +71,7 @@ def rate(
                 run.save_settings(f"judge:{name}", config)
             for gathered in ready(planning(run.gathered(), run, options.progress), run, allow_missing, skipped):
                 for judge, rubric in judges.values():
-                    if _planned(run, gathered, judge) == judge.orders:
+                    if _planned(run, gathered, judge) >= judge.orders:
                         continue
                     for order, arrangement in enumerate(arrangements(judge, gathered)):
                         run.db.execute(_INSERT, _values(run, gathered, judge, rubric, order, arrangement))
@@ -104,14 +107,19 @@ def arrangements(judge: Judge, gathered: Gathered) -> list[tuple[int, ...]]:
     """The orders in which a judge sees the responses, as slots: the same for the same seed, judge and instruction.
 
     A shuffled order and its rotations: with as many orders as responses, each response stands once at every place.
-    Beyond that another shuffle begins.
+    Beyond that come another shuffle and its rotations, and none is repeated while there are others.
     """
     slots = [response.slot for response in gathered.responses]
     lots = random.Random(f"{judge.seed} {judge.name} {gathered.instruction.id}")
     orders: list[tuple[int, ...]] = []
+    used: set[tuple[int, ...]] = set()
     while len(orders) < judge.orders:
         lots.shuffle(slots)
-        orders += [(*slots[turn:], *slots[:turn]) for turn in range(len(slots))]
+        rotations = [(*slots[turn:], *slots[:turn]) for turn in range(len(slots))]
+        if min(rotations) in used and len(used) < math.factorial(len(slots) - 1):
+            continue
+        used.add(min(rotations))
+        orders += rotations
     return orders[: judge.orders]
 
 
