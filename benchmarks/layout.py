@@ -168,8 +168,8 @@ def main() -> None:
             table[name]["times"].append(time.perf_counter() - began)
     ours, norm = table["rows"], np.linalg.norm(table["rows"]["gradient"])
     lines = [
-        f"{args.instructions} instructions: prompts of {PROMPT} tokens with an image, {RESPONSES} responses of {RESPONSE}, "
-        "4.75 pairs each",
+        f"{args.instructions} instructions: prompts of {PROMPT} tokens with an image, "
+        f"{RESPONSES} responses of {RESPONSE}, 4.75 pairs each",
         "",
         "| layout | tokens | x | images | s a step (median) | x | temporaries, MiB | x | loss | gradient differs by |",
         "|---|---|---|---|---|---|---|---|---|---|",

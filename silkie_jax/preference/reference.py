@@ -9,6 +9,7 @@ Every response of every record is there, whatever the pair rule, so that rules c
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -74,7 +75,7 @@ class ReferenceStore:
                 with np.load(self._path(part)) as arrays:
                     counts.append(arrays["counts"])
                     logps.append(arrays["logps"])
-            except (OSError, ValueError, KeyError) as e:
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
                 raise UserError(f"{self._path(part)}: damaged ({e}); remove it and run `silkie reference`") from None
         return StoredReference(np.concatenate([*counts, []]).astype(np.int64), np.concatenate([*logps, []]))
 
