@@ -25,12 +25,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.judge_client import picture
 from data_prep.build import build
 from silkie_jax.corpus import CorpusReader
 from silkie_jax.corpus.schema import features
-from tests.data_prep.rated import fill
-from tests.data_prep.runs import picture as small_picture
 
 _BEAM = ["--runner=DirectRunner", "--direct_running_mode=multi_processing", "--direct_num_workers=0"]
 
@@ -54,6 +51,9 @@ def main() -> None:
 
 def speed(folder: Path, records: int, image_kb: int, rounds: int) -> dict[str, Any]:
     """Seconds of each way in turns, and the median of the ratios within a turn."""
+    from benchmarks.judge_client import picture
+    from tests.data_prep.rated import fill  # here, lest every worker process imports them
+
     images = [picture(image_kb * 1000, seed) for seed in range(64)]
 
     def image(n: int) -> bytes:
@@ -96,18 +96,20 @@ def _with_tfds(dst: Path, corpus: CorpusReader) -> None:
     """What one writes with tfds alone."""
     import tensorflow_datasets as tfds
 
-    class Corpus(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
-        VERSION = tfds.core.Version("1.0.0")
+    with tfds.core.registered.skip_registration():  # it is defined anew in every turn
 
-        def _info(self) -> Any:
-            return tfds.core.DatasetInfo(builder=self, features=features())
+        class Corpus(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
+            VERSION = tfds.core.Version("1.0.0")
 
-        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            return {"train": self._generate_examples()}
+            def _info(self) -> Any:
+                return tfds.core.DatasetInfo(builder=self, features=features())
 
-        def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
-            for record in corpus:
-                yield record.id, _as_example(record)
+            def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+                return {"train": self._generate_examples()}
+
+            def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
+                for record in corpus:
+                    yield record.id, _as_example(record)
 
     builder = Corpus(data_dir=str(dst), file_format="array_record")
     builder.download_and_prepare()
@@ -138,11 +140,14 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def memory(folder: Path, count: int) -> dict[str, int]:
     """Largest resident set in MB of each verb on `count` small instructions."""
+    from tests.data_prep.rated import fill
+    from tests.data_prep.runs import picture
+
     folder.mkdir()
     rows = folder / "rows.jsonl"
     with open(rows, "w") as lines, zipfile.ZipFile(folder / "images.zip", "w") as images:
         for n in range(count):
-            images.writestr(f"{n}.png", small_picture(n % 65_000))
+            images.writestr(f"{n}.png", picture(n % 65_000))
             lines.write(json.dumps({"id": n, "image": f"{n}.png", "prompt": f"What is in picture {n}?"}) + "\n")
     found = {
         "instructions": _largest("instructions", rows, folder / "asked", "--images", folder / "images.zip"),

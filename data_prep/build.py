@@ -204,7 +204,9 @@ def _run_all(job: Job, side: _Side) -> list[Entry]:
                 entries.append(job.make(number))
                 bar.update()
             return entries
-        context = multiprocessing.get_context("spawn")  # threads of gRPC and of SQLite do not survive a fork
+        # Threads do not survive a fork, so workers are forked by a server that has none, and has loaded what they need.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", "data_prep.build", "tensorflow_datasets.proto"])
         pool = ProcessPoolExecutor(min(side.workers, job.shards), mp_context=context, initializer=_die_with_parent)
         try:
             futures = [pool.submit(job.make, number) for number in range(job.shards)]
