@@ -370,3 +370,12 @@ def test_random_damage_never_crashes(tmp_path, folder):
     report, _ = gather(tmp_path, {"s": {"path": str(tmp_path / "rows.jsonl"), "images": str(folder)}})
     assert report.sources["s"]["rows"] == 120 + len(good)
     assert report.instructions >= len(good) - 2
+
+
+def test_the_papers_sources_are_a_sound_file():
+    from pathlib import Path
+
+    from data_prep.config import load_yaml
+
+    config = load_yaml(Path(__file__).parents[2] / "configs/sources/vlfeedback.yaml", InstructionsConfig)
+    assert sum(source.quota for source in config.sources.values()) == 80_258
