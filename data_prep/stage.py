@@ -153,7 +153,7 @@ async def _send(
     total, waiting = sum(states.values()), states.get("open", 0)
     progress = Progress(stage, total, total - waiting, spent, options.progress)
     try:
-        async with Journal(run.path / DATABASE) as journal:
+        async with Journal(run.db, run.path / DATABASE) as journal:
             work = Work(
                 run=run,
                 stage=stage,

@@ -18,12 +18,12 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from data_prep.rows import Gathered, Instruction, JudgeReply, Spending, StoredResponse
 from silkie_jax.errors import UserError
 
 FORMAT = 1
@@ -64,88 +64,6 @@ CREATE TABLE batches (
     lines INTEGER NOT NULL, name TEXT NOT NULL UNIQUE, file_id TEXT, batch_id TEXT, error TEXT
 );
 """
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One instruction: `images` are SHA-256 of files added to the run, `number` its place in the run, from 1."""
-
-    id: str
-    prompt: str
-    images: tuple[str, ...] = ()
-    history: tuple[tuple[str, str], ...] = ()
-    source: str = ""
-    licence: str = ""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    number: int = 0
-
-
-@dataclass(frozen=True)
-class StoredResponse:
-    """One response: `agent` is the pool's name of the model, `model` the name that its server reported."""
-
-    slot: int
-    agent: str
-    model: str
-    text: str
-    outcome: str
-    output_tokens: int | None
-
-
-@dataclass(frozen=True)
-class JudgeReply:
-    """One settled request to a judge.
-
-    Attributes:
-        judge: its name in the configuration.
-        order: which of the orders in which the responses were shown, from 0.
-        arrangement: slots of the responses as shown: "Text n" is the response of slot `arrangement[n - 1]`.
-        text: the raw reply; "" where there is none.
-        outcome: a value of `replies.Outcome` or of the parser; "ok" for a usable reply.
-        finish_reason, model: as reported.
-    """
-
-    judge: str
-    order: int
-    arrangement: tuple[int, ...]
-    text: str
-    outcome: str
-    finish_reason: str
-    model: str
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """All there is of an instruction: responses by slot, replies by judge and order."""
-
-    instruction: Instruction
-    responses: tuple[StoredResponse, ...]
-    replies: tuple[JudgeReply, ...]
-
-
-@dataclass(frozen=True)
-class Spending:
-    """What one agent did in one stage.
-
-    Attributes:
-        requests: state -> count.
-        attempts: outcome -> count; "in flight" for those that wait in a batch or were cut off.
-        input_tokens, output_tokens, cost: as reported by the server; cost in USD by the configured price.
-        at_risk: USD that attempts without a bill (cut off, timed out) may have cost at most.
-        seconds: mean time of an attempt that was answered live.
-        models: names that the server reported.
-    """
-
-    stage: str
-    agent: str
-    requests: Mapping[str, int]
-    attempts: Mapping[str, int]
-    input_tokens: int
-    output_tokens: int
-    cost: float
-    at_risk: float
-    seconds: float
-    models: tuple[str, ...]
 
 
 class Run:
@@ -408,10 +326,18 @@ class Run:
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """A connection in autocommit mode, every commit of which survives a loss of power."""
+    """A connection in autocommit mode, every commit of which survives a loss of power.
+
+    Raises:
+        UserError: it is not a database.
+    """
     db = sqlite3.connect(path, isolation_level=None, timeout=60, check_same_thread=False)
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = FULL")
+    try:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+    except sqlite3.Error as error:
+        db.close()
+        raise UserError(f"{path} is not a run's database, or cannot be opened ({error})") from None
     return db
 
 
