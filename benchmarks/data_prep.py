@@ -6,7 +6,7 @@
 Speed: `build` parses every judge's reply anew, averages, encodes, writes and checks shards; the generator is handed
 finished examples with `download_and_prepare` in ArrayRecord form. Apache Beam (direct runner) is measured where it is
 installed, and its bytes are compared. Memory: the largest resident set of `silkie corpus instructions`, `build` and
-`report` in processes of their own, workers included.
+`report` in processes of their own; every worker of `build` holds what one alone does.
 """
 
 import argparse
@@ -153,7 +153,7 @@ def memory(folder: Path, count: int) -> dict[str, int]:
         "instructions": _largest("instructions", rows, folder / "asked", "--images", folder / "images.zip"),
     }
     fill(folder / "run", count)
-    found["build"] = _largest("build", folder / "run", folder / "corpus")
+    found["build"] = _largest("build", folder / "run", folder / "corpus", "--workers", 1)
     found["report"] = _largest("report", folder / "corpus")
     return found
 
