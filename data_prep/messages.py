@@ -13,6 +13,7 @@ from data_prep.store import Run, to_json
 
 _NAME = "silkie-image:"
 _TYPES = {".jpg": b"image/jpeg", ".png": b"image/png"}
+_SMALL = 4_000_000  # pixels
 TOKENS_PER_MESSAGE = 8  # what a chat template adds around a message, about
 BYTES_PER_TOKEN = 4.0  # of English text, about; measured replies correct it
 
@@ -74,11 +75,11 @@ def _tile_tokens(width: int, height: int) -> int:
 
 
 class Wire:
-    """Turns stored bodies into the bytes to send. Recent images are kept, since several requests show the same."""
+    """Turns stored bodies into the bytes to send. Recent small images are kept: several requests show the same."""
 
-    def __init__(self, run: Run, keep: int = 64):
+    def __init__(self, run: Run):
         self._run = run
-        self._data_url = functools.lru_cache(keep)(self._encode)
+        self._recent = functools.lru_cache(32)(self._encode)
 
     def body(self, stored: str) -> bytes:
         """The JSON bytes of a request, images and all.
@@ -94,6 +95,10 @@ class Wire:
             sha256, after = piece.split('"', 1)
             parts += [b'"url":"', self._data_url(sha256), b'"', after.encode()]
         return b"".join(parts)
+
+    def _data_url(self, sha256: str) -> bytes:
+        width, height = self._run.image_size(sha256)
+        return self._recent(sha256) if width * height <= _SMALL else self._encode(sha256)
 
     def _encode(self, sha256: str) -> bytes:
         path: Path = self._run.image_path(sha256)

@@ -198,8 +198,15 @@ class Run:
             raise UserError(f"an image of the run {self.path} cannot be read ({error}): copy the run again") from None
 
     def image_size(self, sha256: str) -> tuple[int, int]:
-        """Width and height in pixels."""
-        return self.db.execute("SELECT width, height FROM images WHERE sha256 = ?", (sha256,)).fetchone()
+        """Width and height in pixels.
+
+        Raises:
+            UserError: the run has no such image.
+        """
+        row = self.db.execute("SELECT width, height FROM images WHERE sha256 = ?", (sha256,)).fetchone()
+        if row is None:
+            raise UserError(f"the run {self.path} holds no image {sha256}")
+        return row
 
     # Instructions
 
