@@ -2,6 +2,8 @@
 
 import math
 import re
+from functools import lru_cache
+from typing import NamedTuple
 
 from data_prep.ratings.found import Found
 from data_prep.ratings.words import MARKS
@@ -28,10 +30,9 @@ _MARKED = re.compile(r"[*_`]")
 _LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _PARENTHESES = re.compile(r"\([^()]*\)")
 _LONGEST_NAME = 120  # characters of an aspect's heading
-_LEVEL = re.compile(r"[\s>]*(#{1,6})")
+_LEVEL = re.compile(r"[\s>]*(#{1,6})\s")
 _SEPARATOR = re.compile(r"^[\s:.–—]*(?:-\s)?")
 _NOTE = re.compile(r"\s*[:.–—-]*\s*\([^()]*\)\s*:?\s*")
-_HEADING = re.compile(r"\s*(?:>\s*)*#{1,6}\s")
 _BOLD = re.compile(r"\s*(?:>\s*)*(?:\*\*|__).+(?:\*\*|__):?\s*")
 
 
@@ -47,7 +48,10 @@ def read_text(reply: str, found: Found, cut: bool) -> None:
     if not all(line.startswith(">") for line in lines if line.strip()):
         lines = ["" if line.lstrip().startswith(">") else line for line in lines]  # quoted: not the judge's own words
     for number, line in enumerate(lines):
-        if len(line) > 20_000 or not (words := _unmarked(line)):
+        if len(line) > 20_000:
+            continue
+        seen = _look_cached(line) if len(line) <= _SHORT else _look(line)
+        if not (words := seen.words):
             continue
         last = cut and number == len(lines) - 1  # "Rating: 1" may have been going to be 10
         if pending:
@@ -55,10 +59,9 @@ def read_text(reply: str, found: Found, cut: bool) -> None:
             if aspect and text is not None and _states_rating(words, found):
                 found.rate(aspect, text, math.nan if last else found.value(words))
                 continue
-        heading = bool(_HEADING.match(line) or _BOLD.fullmatch(line))
-        named, rest = _aspect_heading(words, heading, found)
+        named, rest = _aspect_heading(seen, found)
         if named and not rest:
-            outer = _outer("aspect", outer, levels, line)
+            outer = _outer("aspect", outer, levels, seen)
             aspect, reason = named, None
             text = alone if outer == "aspect" else text
             continue
@@ -66,9 +69,9 @@ def read_text(reply: str, found: Found, cut: bool) -> None:
             found.rate(named, text, math.nan if last else found.value(rest))
             reason = None
             continue
-        placed = _text_heading(words, heading, found)
+        placed = _text_heading(seen, found)
         if placed is not None:
-            outer = _outer("text", outer, levels, line)
+            outer = _outer("text", outer, levels, seen)
             text, reason = placed[0], None
             if text == 0:
                 found.broken = "texts are numbered from 0, so that none can be placed"
@@ -93,7 +96,7 @@ def read_text(reply: str, found: Found, cut: bool) -> None:
         if said := _REASON.match(words):
             words = said["rest"]
             reason = []
-        elif heading and placed is None and _HEADING.match(line):
+        elif seen.hashes and placed is None:
             aspect, text, reason = None, alone, None  # of something else: what follows belongs to neither
             continue
         if reason is not None and aspect and text is not None:
@@ -102,13 +105,58 @@ def read_text(reply: str, found: Found, cut: bool) -> None:
             found.reason(aspect, text, "\n".join(reason))
 
 
-def _outer(kind: str, outer: str, levels: dict[str, int], line: str) -> str:
+def _outer(kind: str, outer: str, levels: dict[str, int], seen: "_Line") -> str:
     """Which kind of heading encloses the other, seeing one more of `kind`."""
-    if hashes := _LEVEL.match(line):
-        levels.setdefault(kind, len(hashes.group(1)))
+    if seen.hashes:
+        levels.setdefault(kind, seen.hashes)
     if len(set(levels.values())) == 2:
         return min(levels, key=lambda name: levels[name])
     return outer or kind
+
+
+class _Line(NamedTuple):
+    """What a line looks like by itself, whatever was said before.
+
+    Attributes:
+        words: without Markdown's marks; "" where it says nothing.
+        heading: whether it is marked as one, by hashes or in bold.
+        hashes: how many, 0 for none.
+        name, after: what stands before a colon, as names are compared, and after it; "" where it is too long for one.
+        text: number of the text that it begins with and what follows; None where it begins otherwise.
+    """
+
+    words: str
+    heading: bool = False
+    hashes: int = 0
+    name: str = ""
+    after: str = ""
+    text: tuple[int, str] | None = None
+
+
+def _look(line: str) -> _Line:
+    words = _unmarked(line)
+    if not words:
+        return _Line("")
+    hashes = _LEVEL.match(line)
+    bold = "**" in line or "__" in line
+    before, _, after = _PARENTHESES.sub("", _ASPECT_NUMBER.sub("", words[:1000], count=1)).partition(":")
+    text = None
+    if match := TEXT.match(words):
+        rest = _SEPARATOR.sub("", match["rest"]).strip(MARKS)  # not the minus of a number
+        note = rest in ("-", ":", ".") or _NOTE.fullmatch(match["rest"])  # "Text 1 (a model)"
+        text = int(match["number"]), "" if note else rest
+    return _Line(
+        words,
+        bool(hashes or (bold and _BOLD.fullmatch(line))),
+        len(hashes.group(1)) if hashes else 0,
+        plain(before) if len(before) <= _LONGEST_NAME else "",
+        after,
+        text,
+    )
+
+
+_look_cached = lru_cache(8192)(_look)  # headings and ratings come again and again, reasons do not
+_SHORT = 60
 
 
 def _unmarked(line: str) -> str:
@@ -121,28 +169,23 @@ def _unmarked(line: str) -> str:
     return _EMPHASIS.sub("", line).strip() if _MARKED.search(line) else line.strip()
 
 
-def _aspect_heading(words: str, heading: bool, found: Found) -> tuple[str | None, str]:
+def _aspect_heading(seen: _Line, found: Found) -> tuple[str | None, str]:
     """The aspect that a line names and what it says of it: ("Helpfulness", "") for a heading, ("...", "4") for both."""
-    words = _PARENTHESES.sub("", _ASPECT_NUMBER.sub("", words[:1000], count=1))
-    before, _, after = words.partition(":")
-    named = found.aspects.get(plain(before)) if len(before) <= _LONGEST_NAME else None
+    named = found.aspects.get(seen.name)
     if not named:
         return None, ""
-    if _states_rating(after, found):
-        return named, after
-    return (named, "") if heading or not after.strip(MARKS) else (None, "")
+    if _states_rating(seen.after, found):
+        return named, seen.after
+    return (named, "") if seen.heading or not seen.after.strip(MARKS) else (None, "")
 
 
-def _text_heading(words: str, heading: bool, found: Found) -> tuple[int, str] | None:
+def _text_heading(seen: _Line, found: Found) -> tuple[int, str] | None:
     """The number of the text that a heading names and what follows on its line; None where the line is no heading."""
-    match = TEXT.match(words)
-    if not match:
+    if seen.text is None:
         return None
-    rest = _SEPARATOR.sub("", match["rest"]).strip(MARKS)  # not the minus of a number
-    rest = "" if rest in ("-", ":", ".") else rest
-    rest = "" if _NOTE.fullmatch(match["rest"]) else rest  # "Text 1 (a model)"
-    if not rest or heading or _LABEL.match(rest) or _REASON.match(rest) or _states_rating(rest, found):
-        return int(match["number"]), rest
+    rest = seen.text[1]
+    if not rest or seen.heading or _LABEL.match(rest) or _REASON.match(rest) or _states_rating(rest, found):
+        return seen.text
     return None  # "Text 2: is worse" in a rationale is prose
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import lru_cache
 
 from data_prep.rubric import straight
 
@@ -27,6 +28,7 @@ _NOT_RATED = re.compile(
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
+@lru_cache(4096)  # few words are said again and again
 def rating_in(words: str, low: float, high: float) -> float:
     """The one rating that some words state, `DECLINED` for N/A, NaN for anything else.
 
