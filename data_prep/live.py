@@ -222,6 +222,10 @@ class Lane:
                     work.stop.set(budget_reached(work.budget))
                     return
                 raise
+            if work.stop:  # while it waited
+                self.limiter.release(turn, 0)
+                work.budget.settle(most, 0.0)
+                return
             self._idle.discard(task)
             attempt = work.ids()
             sent = time.monotonic()
@@ -271,11 +275,11 @@ class Lane:
                     )
                 )
             return Verdict(outcome, "again"), 0.0
-        self.limiter.answered(headers)
-        self._heard = now
         if outcome in replies.STOPPING:
             self.work.stop.set(stopped_by(self.name, self.agent, reply))
             return Verdict(outcome, "again"), 0.0
+        self.limiter.answered(headers)
+        self._heard = now
         if outcome in replies.PASSING:
             if failures + 1 >= self.agent.attempts:
                 return Verdict(outcome, "postponed"), 0.0
