@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -125,17 +125,24 @@ class Job:
 
     def make(self, number: int) -> Entry:
         """Makes a shard, unless an earlier run did."""
-        first, last = (self.total * n // self.shards for n in (number, number + 1))
         builder = CorpusBuilder(self.dst, self.name, self.shards)
         with Run.open(self.run) as run:
-            digest = hashlib.sha256(self.settings.encode())
-            for gathered in self._gathered(run, first + 1, last):
-                digest.update(_content(gathered))
-            key = digest.hexdigest()
+            key = self.key(run, number)
             if entry := builder.finished(number, key):
                 return entry
             notes: dict[str, Any] = {}
-            return builder.write(number, key, self._records(run, first + 1, last, notes), notes)
+            return builder.write(number, key, self._records(run, *self._range(number), notes), notes)
+
+    def key(self, run: Run, number: int) -> str:
+        """A hash of all that a shard is made from."""
+        digest = hashlib.sha256(self.settings.encode())
+        for gathered in self._gathered(run, *self._range(number)):
+            digest.update(_content(gathered))
+        return digest.hexdigest()
+
+    def _range(self, number: int) -> tuple[int, int]:
+        """First and last instruction of a shard."""
+        return self.total * number // self.shards + 1, self.total * (number + 1) // self.shards
 
     def _gathered(self, run: Run, first: int, last: int) -> Iterator[Gathered]:
         for gathered in run.gathered(first, last):
@@ -182,8 +189,8 @@ class _Side:
 
 def _build_one(job: Job, side: _Side) -> Summary:
     if (Path(job.dst) / MANIFEST).exists():
-        return finished_before(Path(job.dst), _input(job))
-    key = _input(job)
+        with Run.open(job.run) as run:
+            return finished_before(Path(job.dst), _hash(job.key(run, number) for number in range(job.shards)))
     with CorpusBuilder(job.dst, job.name, job.shards) as builder:
         if side.runner == "beam":
             from data_prep.beam_build import run_on_beam
@@ -192,7 +199,7 @@ def _build_one(job: Job, side: _Side) -> Summary:
             entries = [job.make(number) for number in range(job.shards)]  # as Beam's workers left them
         else:
             entries = _run_all(job, side)
-        return _finish(builder, job, entries, key, side.spending)
+        return _finish(builder, job, entries, _hash(entry.key for entry in entries), side.spending)
 
 
 def _run_all(job: Job, side: _Side) -> list[Entry]:
@@ -370,13 +377,9 @@ def _spending(run: Run, judges: list[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _input(job: Job) -> str:
-    """A hash of all that the corpus is made from."""
-    digest = hashlib.sha256(json.dumps([job.settings, job.shards, sorted(job.excluded)]).encode())
-    with Run.open(job.run) as run:
-        for gathered in job._gathered(run, 1, job.total):
-            digest.update(_content(gathered))
-    return digest.hexdigest()
+def _hash(keys: Iterable[str]) -> str:
+    """What a corpus is made from, by the keys of its shards."""
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
 
 def _content(gathered: Gathered) -> bytes:
