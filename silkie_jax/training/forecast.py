@@ -96,6 +96,10 @@ def prepare(topology: str) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={size}".strip()
     else:
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+        # What the compiler would otherwise ask the cloud, and complain of at length where it is not there.
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_WORKER_ID", "0")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
 
 
 def forecast(config: TrainConfig, topology: str, lengths: Lengths) -> Forecast:
