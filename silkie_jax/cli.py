@@ -21,10 +21,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"silkie: {' '.join(str(e).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as e:
-        print(f"silkie: {e or 'interrupted'}", file=sys.stderr)
+        print(f"silkie: {str(e) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as e:  # a full disk, no permission, a file in the way
+        if e.errno is None:
+            raise
+        print(f"silkie: {e.filename}: {e.strerror}" if e.filename else f"silkie: {e.strerror}", file=sys.stderr)
         return 1
 
 

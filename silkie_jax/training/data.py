@@ -72,7 +72,10 @@ def open_data(
     train, held = (some[usable[some]] for some in split(corpus.index, config.evaluation_fraction, config.seed))
     skipped = _skipped(corpus, sizes)
     if not len(train):
-        raise UserError(f"corpus {config.corpus}: no record to train on under pair_rule {options.rule!r} ({skipped})")
+        why = f"under pair_rule {options.rule!r} ({skipped})"
+        if len(held):
+            why = f"beside those that evaluation_fraction {config.evaluation_fraction} holds out ({skipped})"
+        raise UserError(f"corpus {config.corpus}: no record to train on {why}")
     make = partial(
         BatchSource,
         corpus,

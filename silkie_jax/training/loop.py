@@ -18,7 +18,7 @@ from silkie_jax.training.data import Data, open_data
 from silkie_jax.training.distributed import StopRequest
 from silkie_jax.training.mesh import make_mesh
 from silkie_jax.training.meters import Meters
-from silkie_jax.training.metrics import MetricsWriter
+from silkie_jax.training.metrics import MetricsWriter, check_wandb
 from silkie_jax.training.reference import identity
 from silkie_jax.training.trainer import Program, Trainer, load_policy, with_adapter_form
 
@@ -34,6 +34,7 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
       UserError: what is wrong with the configuration, the model, the corpus or the folder.
       KeyboardInterrupt: the run was asked to stop and has saved a checkpoint.
     """
+    check_wandb(config.wandb)
     config = with_adapter_form(config)
     run, main = Path(config.run_dir), jax.process_index() == 0
     if (run / "config.yaml").exists():

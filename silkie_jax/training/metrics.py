@@ -1,5 +1,6 @@
 """Where metrics go: the terminal, metrics.jsonl, TensorBoard, and wandb where it is asked for."""
 
+import importlib.util
 import json
 import math
 import os
@@ -84,10 +85,14 @@ def _forget_after(path: Path, step: int) -> None:
     os.replace(part, path)
 
 
+def check_wandb(project: str | None) -> None:
+    """Refuses a configuration that asks for wandb where it is not installed, before anything is loaded."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise UserError("wandb is set in the config but not installed; pip install wandb, or set wandb=null")
+
+
 def _start_wandb(project: str, run_dir: Path) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("wandb is set in the config but not installed; pip install wandb, or set wandb=null") from None
+    import wandb
+
     # One id for a run folder, so that a run that was interrupted continues its curves.
     return wandb.init(project=project, id=run_dir.absolute().name, dir=str(run_dir), resume="allow")

@@ -38,6 +38,10 @@ def score(
     """
     if batch_rows < 1:
         raise UserError(f"--batch-rows must be at least 1, not {batch_rows}")
+    if max_length < 2:
+        raise UserError(f"--max-length must be at least 2, not {max_length}")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; name a file to write")
     corpus = CorpusReader(corpus_path)
     about: dict[str, Any] = {"model": str(model_path), "adapter": str(adapter or ""), "corpus": corpus.fingerprint}
     about |= {"dtype": dtype, "max_length": max_length}
@@ -93,7 +97,7 @@ def _records_done(part: Path, about: dict[str, Any]) -> int:
         if not header.endswith(b"\n"):
             file.truncate(0)
             return 0
-        if json.loads(header) != about:
+        if header.decode("utf-8", "replace") != json.dumps(about) + "\n":
             raise UserError(f"{part} is of another model, corpus or option; remove it to score anew")
         done, position, kept = 0, len(header), len(header)
         for line in file:
