@@ -13,7 +13,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import wait
@@ -214,13 +214,17 @@ def _run_all(job: Job, side: _Side) -> list[Entry]:
         # Threads do not survive a fork, so workers are forked by a server that has none, and has loaded what they need.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["__main__", "data_prep.build", "tensorflow_datasets.proto"])
-        pool = ProcessPoolExecutor(min(side.workers, job.shards), mp_context=context, initializer=_die_with_parent)
+        pool = ProcessPoolExecutor(min(side.workers, job.shards) - 1, context, initializer=_die_with_parent)
         try:
             futures = [pool.submit(job.make, number) for number in range(job.shards)]
-            for future in as_completed(futures):
-                future.result()
-                bar.update()
-            return [future.result() for future in futures]
+            for future in futures:
+                future.add_done_callback(lambda done: bar.update(not done.cancelled()))
+            made = {}
+            for number in reversed(range(job.shards)):  # this process works, too, from the other end
+                if futures[number].cancel():
+                    made[number] = job.make(number)
+                    bar.update()
+            return [made[number] if number in made else futures[number].result() for number in range(job.shards)]
         except BrokenProcessPool:
             raise UserError(
                 f"{job.dst}: a worker process was killed (out of memory?): run the same command again to continue, "
