@@ -48,7 +48,12 @@ class Data:
     train: BatchSource
     evaluation: BatchSource | None
     skipped: Skipped
-    options: RowOptions
+
+    def use_reference(self, reference: ReferenceLogps | None) -> None:
+        """Lets batches carry stored log-probabilities."""
+        for source in (self.train, self.evaluation):
+            if source is not None:
+                source.reference = reference
 
 
 def row_options(config: TrainConfig, corpus: CorpusReader) -> RowOptions:
@@ -58,9 +63,7 @@ def row_options(config: TrainConfig, corpus: CorpusReader) -> RowOptions:
     return RowOptions(rule, config.objective, config.max_length, config.max_prompt_length)
 
 
-def open_data(
-    config: TrainConfig, mesh: Mesh, corpus: CorpusReader, tokenizer: Tokenizer, reference: ReferenceLogps | None
-) -> Data:
+def open_data(config: TrainConfig, mesh: Mesh, corpus: CorpusReader, tokenizer: Tokenizer) -> Data:
     """Holds the evaluation split out and keeps the records that the rule gives something to train on.
 
     Raises:
@@ -86,13 +89,12 @@ def open_data(
         shards=batch_shards(mesh),
         local=partial(local_sequences, mesh),
         pack=config.pack,
-        reference=reference,
     )
     plan = Plan(sizes[train], config.batch_rows * config.accumulate, config.batch_pairs, config.seed)
     evaluation = None
     if len(held):
         evaluation = make(held, Plan(sizes[held], config.batch_rows, seed=None))
-    return Data(make(train, plan, accumulate=config.accumulate), evaluation, skipped, options)
+    return Data(make(train, plan, accumulate=config.accumulate), evaluation, skipped)
 
 
 def _skipped(corpus: CorpusReader, sizes: Int[np.ndarray, "R 6"]) -> Skipped:

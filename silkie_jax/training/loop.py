@@ -41,9 +41,9 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
         check_same_run(config, run / "config.yaml")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     corpus, tokenizer = CorpusReader(config.corpus), Tokenizer.from_folder(config.model)
+    data = open_data(config, mesh, corpus, tokenizer)  # what is wrong with it is said before gigabytes are read
     policy = load_policy(config, mesh)
-    reference = stored_reference(config, policy, tokenizer, corpus)
-    data = open_data(config, mesh, corpus, tokenizer, reference)
+    data.use_reference(stored_reference(config, policy, tokenizer, corpus))
     steps = config.steps or data.train.plan.steps_of(config.epochs or 1)
     program = Program(config, policy.config, mesh, steps, policy)
     trainer = Trainer(program, program.start(policy))
