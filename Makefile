@@ -23,7 +23,7 @@ quickstart: $(VENV)/.installed-core  ## the whole road on small generated data, 
 test: $(VENV)/.installed-dev  ## the test suite; TEST="PATH -k WORD" for some of it
 	$(BIN)/python -m pytest $(TEST)
 
-test-torch: $(VENV)/.installed-dev $(VENV)/.installed-torch  ## the tests that need the torch extra
+test-torch: $(VENV)/.installed-dev-torch  ## the tests that need the torch extra (and PEFT)
 	$(BIN)/python -m pytest $$(grep -rlE 'importorskip\(.torch' tests --include='test_*.py')
 
 lint: $(VENV)/.installed-dev  ## ruff (lint and format) and mypy
@@ -52,7 +52,7 @@ $(VENV)/.installed-core: pyproject.toml constraints.txt | $(VENV)/.created
 	$(INSTALL) .
 	@touch $@
 
-# An extra: .installed-dev, .installed-torch
+# An extra: .installed-dev, .installed-dev-torch
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.created
 	$(INSTALL) '.[$*]'
 	@touch $@
