@@ -52,6 +52,7 @@ class CorpusReader:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
+        schema.codec()  # tfds imports its parts as they are used; two threads that did so would wait for each other
         self.path = Path(path)
         manifest = read_manifest(self.path)
         self.name: str = manifest["name"]

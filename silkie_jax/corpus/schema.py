@@ -102,7 +102,7 @@ def to_example(record: Record) -> bytes:
     Raises:
         UnicodeEncodeError: a text holds a lone surrogate, which UTF-8 cannot express.
     """
-    proto = _proto()
+    proto = codec()
     responses = record.responses
     texts: dict[str, Iterable[str]] = {
         "id": [record.id],
@@ -140,7 +140,7 @@ def from_example(data: bytes) -> Record:
         ValueError: the bytes are not a record.
     """
     try:
-        feature = _proto().Example.FromString(data).features.feature
+        feature = codec().Example.FromString(data).features.feature
     except Exception as error:  # protobuf's DecodeError; its class differs between implementations
         raise ValueError(f"not a tf.train.Example: {error}") from error
     absent = [key for key in ("id", "images", "prompt", "responses/text") if key not in feature]
@@ -175,7 +175,7 @@ def from_example(data: bytes) -> Record:
 
 
 @functools.cache
-def _proto() -> Any:
+def codec() -> Any:
     """The module of the Example message, which TFDS carries so that TensorFlow is not needed."""
     from tensorflow_datasets.proto import tf_example_pb2
 

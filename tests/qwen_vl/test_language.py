@@ -103,9 +103,18 @@ def test_branch_mask_is_the_docstrings():
             [x, x, x, _, _, _],
             [x, x, x, x, _, _],
             [x, x, _, _, x, _],
-            [x, x, _, _, _, _],
+            [_, _, _, _, _, _],
         ],
     )
+
+
+def test_packed_rows_do_not_see_each_other():
+    packed = branch_mask(jnp.array([[0, 0, 1, 2, 64, 65, 66, -1]]))[0]
+    first, second = branch_mask(jnp.array([[0, 0, 1, 2]]))[0], branch_mask(jnp.array([[0, 1, 2]]))[0]
+    np.testing.assert_array_equal(packed[:4, :4], first)
+    np.testing.assert_array_equal(packed[4:7, 4:7], second)
+    assert not packed[4:, :4].any()
+    assert not packed[:, 7].any()
 
 
 def test_branch_mask_of_padding_on_the_left_is_causal_behind_it():
