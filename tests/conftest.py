@@ -9,7 +9,9 @@ import pytest
 # Threads of a matrix product that wait for each other cost more than they bring in small tests.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# One process plays eight devices, so that every mesh shape can be tested on any machine.
+# One process plays eight devices, so that every mesh shape can be tested on any machine. XLA starts as many threads as
+# there are processors or devices; programs whose collectives wait for each other can need more, or wait for ever.
+os.environ.setdefault("NPROC", "64")
 # Compiling is most of what these tests do: without LLVM's optimisation and the newer fusion emitters it is seven times
 # quicker, and the programs' results stay the same to float32's last digits.
 os.environ["XLA_FLAGS"] = " ".join(

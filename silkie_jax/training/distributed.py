@@ -19,6 +19,10 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
     Raises:
       UserError: an incomplete or wrong explicit address, or the other processes did not come.
     """
+    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        # XLA starts a thread a processor or device. Pretended devices wait for each other in collectives, several at a
+        # time, and would wait for ever for a thread.
+        os.environ.setdefault("NPROC", "64")
     import jax
 
     if coordinator is None:
