@@ -2,7 +2,7 @@
 # A stamp in .venv says what is installed; changing pyproject.toml or constraints.txt installs again.
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-torch lint format clean
+.PHONY: help quickstart test test-hosts test-torch lint format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,6 +22,9 @@ quickstart: $(VENV)/.installed-core  ## the whole road on small generated data, 
 
 test: $(VENV)/.installed-dev  ## the test suite; TEST="PATH -k WORD" for some of it
 	$(BIN)/python -m pytest $(TEST)
+
+test-hosts: $(VENV)/.installed-dev  ## the tests of several processes; wants four quiet cores
+	$(BIN)/python -m pytest -m hosts tests/training/test_hosts.py
 
 test-torch: $(VENV)/.installed-dev-torch  ## the tests that need the torch extra (and PEFT)
 	$(BIN)/python -m pytest $$(grep -rlE 'importorskip\(.torch' tests --include='test_*.py')

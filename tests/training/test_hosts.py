@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from tests.training.support import make_tiny, read_lines, record, write_corpus
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.hosts]
 
 STEPS = 4
 QUICK = "--xla_backend_optimization_level=0"
