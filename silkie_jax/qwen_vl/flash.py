@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from silkie_jax.qwen_vl.lora import precision
 
+FLASH = "flash"  # checkpoint name of what the gradient needs of the forward pass
 MASKED = -1e30  # finite, so that a row that sees nothing makes no NaN
 _NT = (((1,), (1,)), ((), ()))  # x y^T
 _NN = (((1,), (0,)), ((), ()))
@@ -104,7 +106,7 @@ def _flash(form: Form, q: Array, k: Array, v: Array, ids: Array | None) -> Float
 
 
 def _flash_forward(form: Form, q: Array, k: Array, v: Array, ids: Array | None) -> tuple[Array, tuple]:
-    out, total = _forward(form, q, k, v, ids)
+    out, total = (checkpoint_name(x, FLASH) for x in _forward(form, q, k, v, ids))
     return out, (q, k, v, ids, out, total)
 
 
@@ -267,7 +269,7 @@ def _mask(
     """Who sees whom in the block of queries i and keys j; None: everybody everybody."""
     shape = (form.queries, form.keys) if keys_axis else (form.keys, form.queries)
     key = j * form.keys + jax.lax.broadcasted_iota(jnp.int32, shape, keys_axis)
-    if form.visible is None:
+    if form.visible is None or queries is None or keys is None:
         return None if form.length % form.keys == 0 else key < form.length
     query = i * form.queries + jax.lax.broadcasted_iota(jnp.int32, shape, 1 - keys_axis)
     return (query >= key) & form.visible(queries, keys)

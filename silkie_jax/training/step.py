@@ -16,8 +16,10 @@ from jaxtyping import Array, Float, Int
 from silkie_jax.preference.logprobs import branch_sums, token_logprobs
 from silkie_jax.preference.losses import LOSSES, LossOptions, Pairs
 from silkie_jax.qwen_vl.attention import PLAIN, Kernel
+from silkie_jax.qwen_vl.flash import FLASH
+from silkie_jax.qwen_vl.lora import LINEAR
 from silkie_jax.qwen_vl.model import QwenVL
-from silkie_jax.training.mesh import batch_sharding
+from silkie_jax.training.mesh import batch_sharding, sharding_of
 
 Arrays = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
@@ -73,6 +75,9 @@ def response_logps(
         kernel=kernel,
     )
     head = model.language.lm_head.weight[...]
+    if frozen_head and kernel.mesh is not None:  # gathered once, and not again for every chunk
+        where = sharding_of(kernel.mesh, ("vocab", None), head.shape)
+        head = jax.lax.with_sharding_constraint(head, where)
     logps = token_logprobs(hidden, batch["predecessors"], batch["labels"], head, frozen_head=frozen_head)
     return branch_sums(logps, batch["label_branches"], branches)
 
@@ -81,7 +86,7 @@ def block_wrapper(remat: str, mesh: Mesh | None) -> Callable:
     """What goes around each layer: rematerialisation, and rows kept over the batch axes of the mesh."""
     keep = {
         "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "dots": jax.checkpoint_policies.save_only_these_names(LINEAR, FLASH),
     }.get(remat)
 
     def wrap(body: Callable) -> Callable:
