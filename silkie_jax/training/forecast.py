@@ -75,8 +75,9 @@ class Forecast:
         gib = 2**30
         used = f"{self.peak_bytes / gib:.2f} GiB a chip at the peak"
         room = "" if self.memory_bytes is None else f" of {self.memory_bytes / gib:.0f} GiB ({self.chip})"
+        chips = f"{self.chips} chip{'s' * (self.chips > 1)}"
         out = [
-            f"{self.topology}: {self.chips} chip{'s' * (self.chips > 1)}, {self.rows} rows a step, compiled in {self.compile_seconds:.0f} s",
+            f"{self.topology}: {chips}, {self.rows} rows a step, compiled in {self.compile_seconds:.0f} s",
             f"memory: {used}{room}: arguments {self.argument_bytes / gib:.2f}, temporaries "
             f"{self.temporary_bytes / gib:.2f} GiB -> {'fits' if self.fits else 'DOES NOT FIT'}",
             f"work: {self.flops / 1e15:.2f} PFLOP a step, rematerialisation included, by formula",
