@@ -53,7 +53,7 @@ def main() -> None:
             if isinstance(now, str):
                 lines.append(f"| {name} | {kernel} | {now} | | | | | | |")
                 continue
-            base = now if isinstance(plain, str) else plain
+            base = (0.0, 0.0, 0.0) if isinstance(plain, str) else plain  # no ratio to what cannot be done
             ratios = [a / b if b else float("nan") for a, b in zip(now[:3], base[:3], strict=True)]
             cells = [f"{value:.2f} | {ratio:.2f}" for value, ratio in zip(now[:2], ratios[:2], strict=True)]
             shown = " | ".join(cells) if not args.topology else " | | | "

@@ -98,9 +98,10 @@ class Kernel:
         def local(q: jax.Array, k: jax.Array, v: jax.Array, branches: jax.Array | None) -> jax.Array:
             return flash_attention(q, k, v, branches, visible, platform=self.platform)
 
-        if self.mesh is None or self.mesh.size == 1:
+        if self.mesh is None:
             return local(q, k, v, branches)
-        # XLA cannot see into the kernel and would gather everything for it: each device attends for its own part.
+        # XLA cannot see into the kernel and would gather everything for it: each device attends for its own part. A
+        # mesh of one device still tells Pallas what that device is, where it is not there.
         heads = self.heads if self.heads and q.shape[2] % self.mesh.shape[self.heads] == 0 else None
         part, ids = PartitionSpec(self.batch, None, heads), PartitionSpec(self.batch)
         specs = (part, part, part, None if branches is None else ids)
