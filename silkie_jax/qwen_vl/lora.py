@@ -20,7 +20,7 @@ def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
 
 
 class Linear(nnx.Module):
-    """y = x W^T + b, plus (alpha / rank) x A^T B^T where an adapter is attached.
+    """y = x W^T + b, plus ((alpha / rank) x A^T) B^T where an adapter is attached.
 
     Weights keep PyTorch's orientation, [*out, in], so that conversion copies bytes. `out` may have several
     dimensions: [3, heads * head_dim] for a fused query-key-value projection lets the heads be sharded.
@@ -50,8 +50,9 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if adapter and self.lora_a is not None:
-            low = _contract(_contract(x, self.lora_a[...]), self.lora_b[...])
-            y = y + low * jnp.asarray(self.lora_scale, x.dtype)
+            # Scaled where it is narrow: the sum is then one matrix product that adds to another.
+            low = _contract(x, self.lora_a[...]) * jnp.asarray(self.lora_scale, x.dtype)
+            y = y + _contract(low, self.lora_b[...])
         # Named, so that rematerialisation may keep the sum alone, and not also each of the products it is made of.
         return checkpoint_name(y, LINEAR)
 
