@@ -1,6 +1,6 @@
-"""Compiles every pod config at full size with the real TPU compiler and writes the table.
+"""Compiles every machine's config at full size with the real compilers of TPUs and GPUs and writes the table.
 
-    python -m benchmarks.pods [--out results]         (needs the tpu extra; about two minutes a config on two cores)
+    python -m benchmarks.pods [--out results]         (needs the tpu and cuda12 extras; a minute a config on two cores)
 
 Each config is compiled in a process of its own by `silkie compile`; nothing runs. Times and rates are forecasts.
 """
@@ -14,7 +14,10 @@ from pathlib import Path
 from benchmarks.common import keep
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-PODS = {
+MACHINES = {
+    "silkie-1x80gb": "h100:1",
+    "silkie-1xh200": "h200:1",
+    "silkie-8gpu": "h100:8",
     "silkie-v5e-16": "v5e:4x4",
     "silkie-v5e-256": "v5e:16x16",
     "silkie-v5p-64": "v5p:4x4x4",
@@ -26,25 +29,25 @@ PODS = {
 def main() -> None:
     """Compiles all and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", choices=PODS, default=list(PODS))
+    parser.add_argument("--only", nargs="*", choices=MACHINES, default=list(MACHINES))
     parser.add_argument("--out", help="a file, or `results` for benchmarks/results")
     args = parser.parse_args()
     lines = [
         "| config | chips | rows a step | GiB a chip: arguments, temporaries, peak / has | compile, s | "
-        "received a step, GB | forecast: s a step, instructions/s, hours for 3 epochs |",
+        "received by a chip a step, GB | forecast: s a step, instructions/s, hours for 3 epochs |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in args.only:
         command = [sys.executable, "-m", "silkie_jax.cli", "compile", str(CONFIGS / f"{name}.yaml"), "--json"]
-        done = subprocess.run([*command, "--topology", PODS[name]], capture_output=True, text=True)
+        done = subprocess.run([*command, "--topology", MACHINES[name]], capture_output=True, text=True)
         if not done.stdout.startswith("{"):
-            lines.append(f"| {name} | {PODS[name]} | {done.stderr.strip().splitlines()[-1]} | | | | |")
+            lines.append(f"| {name} ({MACHINES[name]}) | {done.stderr.strip().splitlines()[-1]} | | | | | |")
             continue
         found = json.loads(done.stdout)
         gib = [found[f"{kind}_bytes"] / 2**30 for kind in ("argument", "temporary", "peak", "memory")]
         rate = found["rows"] / found["step_seconds"]
         lines.append(
-            f"| {name} ({PODS[name]}) | {found['chips']} | {found['rows']} | "
+            f"| {name} ({MACHINES[name]}) | {found['chips']} | {found['rows']} | "
             f"{gib[0]:.2f}, {gib[1]:.2f}, {gib[2]:.2f} / {gib[3]:.0f} | "
             f"{found['compile_seconds']:.0f} | {sum(found['collectives'].values()) / 1e9:.1f} | "
             f"{found['step_seconds']:.2f}, {rate:.0f}, {3 * 80_258 / rate / 3600:.1f} |"
