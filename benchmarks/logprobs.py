@@ -79,7 +79,8 @@ def compare(size: str, rows: int, count: int, trained: bool, turns: int) -> str:
     compiled, found, temporaries = {}, {}, {}
     for side in SIDES:
         compiled[side] = jax.jit(measured(side, trained)).lower(*arguments).compile()
-        temporaries[side] = compiled[side].memory_analysis().temp_size_in_bytes
+        memory: Any = compiled[side].memory_analysis()
+        temporaries[side] = memory.temp_size_in_bytes
         try:
             found[side] = jax.block_until_ready(compiled[side](*arguments))
         except jax.errors.JaxRuntimeError as e:
@@ -131,7 +132,7 @@ def main() -> None:
         for count in args.labels:
             lines.append(compare(size, args.rows, count, trained, args.turns))
             print(lines[-1], flush=True)
-    keep("logprobs", "\n".join(lines), args.out)
+    keep(f"logprobs-{size}", "\n".join(lines), args.out)
 
 
 if __name__ == "__main__":

@@ -88,13 +88,17 @@ def against(found: dict[str, turns.Measured | str], ours: list[str]) -> list[str
     peers = [name for name in found if name not in ours and rate(name)]
     if not peers or not rate(best):
         return []
-    shown = [
-        f"- {best} : {name} = {rate(best):.2f} : {rate(name):.2f} = {rate(best) / rate(name):.2f}" for name in peers
-    ]
+    shown = []
+    for name in peers:
+        ratio, speeds = rate(best) / rate(name), [found[one].matmul for one in (best, name)]  # type: ignore[union-attr]
+        shown.append(
+            f"- {best} : {name} = {rate(best):.2f} : {rate(name):.2f} = {ratio:.2f}; a matrix product alone: "
+            f"{speeds[0] / speeds[1]:.2f}"
+        )
     return ["", "ours : peer, pairs/s", "", *shown]
 
 
-def make_model(config: QwenVLConfig, recipe: Recipe, device: str) -> "torch.nn.Module":
+def make_model(config: QwenVLConfig, recipe: Recipe, device: str) -> Any:
     """The peer with random weights, made on the device, and a fresh adapter."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -139,7 +143,7 @@ def make_model(config: QwenVLConfig, recipe: Recipe, device: str) -> "torch.nn.M
                 patch_size=v.patch_size,
                 hidden_act="gelu",
                 layer_norm_eps=1e-6,
-                attn_implementation="sdpa",
+                attn_implementation="sdpa",  # type: ignore[call-arg]
             )
             decoder = Qwen2Config(
                 vocab_size=config.vocab_size,
@@ -151,14 +155,14 @@ def make_model(config: QwenVLConfig, recipe: Recipe, device: str) -> "torch.nn.M
                 max_position_embeddings=config.seq_length,
                 rms_norm_eps=config.layer_norm_epsilon,
                 use_cache=False,
-                attn_implementation=attention,
+                attn_implementation=attention,  # type: ignore[call-arg]
             )
             self.vision, self.resampler = CLIPVisionModel(vision), Resampler()
             base = Qwen2ForCausalLM(decoder)
             base.requires_grad_(False)
             rank = lora_rank(config)
-            lora = LoraConfig(r=rank, lora_alpha=LORA_ALPHA * rank, lora_dropout=0.0, target_modules=TARGETS)
-            self.decoder = get_peft_model(base, lora)  # adapters in float32
+            lora = LoraConfig(r=rank, lora_alpha=LORA_ALPHA * rank, target_modules=TARGETS)  # type: ignore[arg-type]
+            self.decoder: Any = get_peft_model(base, lora)  # adapters in float32, no dropout
             self.vision.requires_grad_(False)
             self.resampler.requires_grad_(False)
 
@@ -174,7 +178,7 @@ def make_model(config: QwenVLConfig, recipe: Recipe, device: str) -> "torch.nn.M
     torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
     try:
         with torch.device(device):
-            model = Peer()
+            model: Any = Peer()
     finally:
         torch.set_default_dtype(before)
     model.decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -236,7 +240,7 @@ class Step:
 
         torch.manual_seed(0)
         self.recipe, self.device = recipe, device
-        self.model = make_model(config, recipe, device)
+        self.model: Any = make_model(config, recipe, device)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.trained, learning_rate, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.05, fused=recipe.fused_adamw
@@ -304,6 +308,22 @@ class Step:
         return torch.autocast("cuda", torch.bfloat16) if self.device == "cuda" else contextlib.nullcontext()
 
 
+def matmul_speed(width: int, device: str) -> float:
+    """FLOP/s of a large matrix product in PyTorch."""
+    import torch
+
+    kind = torch.bfloat16 if device == "cuda" else torch.float32
+    left = torch.ones(turns.MATMUL[0], width, device=device, dtype=kind)
+    right = torch.ones(width, turns.MATMUL[1], device=device, dtype=kind)
+
+    def product() -> None:
+        left @ right
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return turns.matmul_speed(product, width)
+
+
 def measure(options: dict[str, Any]) -> turns.Measured:
     """One variant, in this process."""
     import torch
@@ -341,6 +361,7 @@ def measure(options: dict[str, Any]) -> turns.Measured:
         peak=torch.cuda.max_memory_allocated() if device == "cuda" else turns.resident_peak(),
         loss=(losses[0], losses[-1]),
         compile_seconds=took if recipe.compiled else None,
+        matmul=matmul_speed(config.hidden_size, device),
         note=", ".join(extras),
     )
 
@@ -358,11 +379,10 @@ def main() -> None:
         turns.worker(measure, args.worker)
         return
     size = args.size or turns.default_size()
-    found = turns.run_in_turns(
-        make_variants(args.variants, size, args.pairs, args), args.turns or (1 if size == "full" else 3), args.limit
-    )
+    variants = make_variants(args.variants, size, args.pairs, args)
+    found = turns.run_in_turns(variants, args.turns or (1 if size == "full" else 3), args)
     lines = [f"{size} model on {turns.device_of(found)}", "", *turns.table(found, args.variants[0])]
-    keep("peer_torch", "\n".join(lines), args.out)
+    keep(f"peer_torch-{size}", "\n".join(lines), args.out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The real training step in variants, each against the first one, and against a PyTorch peer.
 
     python -m benchmarks.step [--size scaled] [--remat full dots none] [--batch-rows 4] [--reference precomputed]
-        [--set KEY=VALUE ...] [--peer [trl tricks ...]] [--steps 5] [--turns 3] [--out results]
+        [--also KEY=VALUE,...] [--set KEY=VALUE ...] [--peer [trl tricks ...]] [--steps 5] [--turns 3] [--out results]
 
 The step is that of `silkie train configs/silkie.yaml` (training/trainer.py) with random weights, made on the device;
 its input lies there before the clock starts. `--size full` is Qwen-VL-Chat, 9.66 billion parameters with LoRA of rank
@@ -43,13 +43,18 @@ KEYS = [key for key in VARIED if key in {field.name for field in dataclasses.fie
 
 
 def make_variants(args: argparse.Namespace, size: str) -> list[turns.Variant]:
-    """Every combination of the values given; what all have in common is left out of the names."""
+    """Every combination of the values given, then those of `--also`; what all have in common is not in the names."""
     given = {key: getattr(args, key) for key in KEYS if getattr(args, key)}
-    several = [key for key, values in given.items() if len(values) > 1]
+    combinations = [dict(zip(given, values, strict=True)) for values in itertools.product(*given.values())]
+    for more in args.also:
+        changes = dict(part.partition("=")[::2] for part in more.split(","))
+        if not changes.keys() <= set(KEYS):
+            raise UserError(f"--also {more}: write KEY=VALUE,KEY=VALUE with keys of {', '.join(KEYS)}")
+        combinations.append(combinations[0] | changes)
+    several = [key for key in KEYS if len({chosen.get(key) for chosen in combinations}) > 1]
     out = []
-    for values in itertools.product(*given.values()):
-        chosen = dict(zip(given, values, strict=True))
-        name = ", ".join(f"{key} {chosen[key]}" for key in several) or "ours"
+    for chosen in combinations:
+        name = ", ".join(f"{key} {chosen[key]}" for key in several if key in chosen) or "ours"
         overrides = [f"{key}={value}" for key, value in chosen.items()] + args.set
         options = {"size": size, "overrides": overrides, "tokens": args.tokens}
         out.append(turns.Variant(name, "benchmarks.step", options | {"steps": args.steps, "warmup": args.warmup}))
@@ -62,14 +67,15 @@ def random_state(program: Any) -> Any:
     import jax.numpy as jnp
     from flax import nnx
 
-    def fill(path: tuple, struct: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
+    def draw(path: tuple, struct: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
         if path[-1] in ("bias", "lora_b"):
-            make = partial(jnp.zeros, struct.shape, struct.dtype)
-        elif any(str(part).startswith("ln_") for part in path):
-            make = partial(jnp.ones, struct.shape, struct.dtype)
-        else:
-            make = lambda: 0.02 * jax.random.normal(key, struct.shape, struct.dtype)  # noqa: E731
-        return jax.jit(make, out_shardings=struct.sharding)()
+            return jnp.zeros(struct.shape, struct.dtype)
+        if any(str(part).startswith("ln_") for part in path):
+            return jnp.ones(struct.shape, struct.dtype)
+        return 0.02 * jax.random.normal(key, struct.shape, struct.dtype)
+
+    def fill(path: tuple, struct: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
+        return jax.jit(partial(draw, path, struct), out_shardings=struct.sharding)(key)
 
     def filled(state: nnx.State, seed: int) -> nnx.State:
         flat = nnx.to_flat_state(state)
@@ -103,6 +109,16 @@ def make_batch(config: Any, train: TrainConfig, tokens: int | None) -> tuple[dic
         flat["reference_logps"] = np.zeros((count, shape.branches), np.float32)
     arrays = {k: v.reshape(train.accumulate, train.batch_rows, *v.shape[1:]) for k, v in flat.items()}
     return arrays, shape, work_of(rows)
+
+
+def matmul_speed(width: int, dtype: str) -> float:
+    """FLOP/s of a large matrix product in JAX."""
+    import jax
+    import jax.numpy as jnp
+
+    left, right = jnp.ones((turns.MATMUL[0], width), dtype), jnp.ones((width, turns.MATMUL[1]), dtype)
+    product = jax.jit(partial(jnp.matmul, precision="highest" if dtype == "float32" else None))
+    return turns.matmul_speed(lambda: jax.block_until_ready(product(left, right)), width)
 
 
 def measure(options: dict[str, Any]) -> turns.Measured:
@@ -152,6 +168,7 @@ def measure(options: dict[str, Any]) -> turns.Measured:
         loss=(losses[0], losses[-1]),
         compile_seconds=compile_seconds,
         compiled=needed,
+        matmul=matmul_speed(config.hidden_size, train.dtype),
     )
 
 
@@ -161,6 +178,9 @@ def main() -> None:
     parser.add_argument("--size", choices=MODELS, help="default: full on an accelerator, scaled on a CPU")
     for key in KEYS:
         parser.add_argument(f"--{key.replace('_', '-')}", nargs="+", default=VARIED[key], metavar="VALUE")
+    parser.add_argument(
+        "--also", nargs="+", default=[], metavar="KEY=VALUE,...", help="the first variant with these changes"
+    )
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the training config, in all variants"
     )
@@ -177,8 +197,9 @@ def main() -> None:
     if args.peer is not None:
         peer_torch.check_installed()
         pairs = args.peer_pairs or int(args.batch_rows[0])
-        variants += peer_torch.make_variants(args.peer or list(peer_torch.VARIANTS), size, pairs, args)
-    found = turns.run_in_turns(variants, args.turns or (1 if size == "full" else 3), args.limit)
+        peers = peer_torch.make_variants(args.peer or list(peer_torch.VARIANTS), size, pairs, args)
+        variants[1:1] = peers  # what is compared most comes first, should the time run out
+    found = turns.run_in_turns(variants, args.turns or (1 if size == "full" else 3), args)
     lines = [
         f"`python -m benchmarks.step {' '.join(sys.argv[1:])}`",
         "",
@@ -187,7 +208,7 @@ def main() -> None:
     ]
     lines += turns.table(found, variants[0].name)
     lines += peer_torch.against(found, [v.name for v in variants if v.module == "benchmarks.step"])
-    keep("step", "\n".join(lines), args.out)
+    keep(f"step-{size}", "\n".join(lines), args.out)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,13 @@ class Measured:
     seconds: of each step, warm-up excluded. pairs, tokens: of one step, without padding. flops: model FLOPs of one
     step by formula. peak: bytes at the peak, of the device where it tells (else of the process). compiled: bytes that
     the compiler says the step needs (arguments, temporaries and outputs), where there is a compiler. loss: of the first
-    step and of the last one.
+    step and of the last one. matmul: FLOP/s of one large matrix product in this library, just after the steps: what
+    part of a ratio is the library's or the machine's of that moment, and not the program's.
     """
 
     device: str
     seconds: list[float]
+    matmul: float
     pairs: int
     tokens: int
     flops: float
@@ -59,9 +62,13 @@ class Variant:
     options: dict[str, Any]
 
 
-def run_in_turns(variants: list[Variant], turns: int, limit: float) -> dict[str, Measured | str]:
-    """Measures every variant in every turn; in place of one that failed stands the reason, in one line."""
+def run_in_turns(variants: list[Variant], turns: int, args: argparse.Namespace) -> dict[str, Measured | str]:
+    """Measures every variant in every turn; in place of one that failed stands the reason, in one line.
+
+    What is not begun after `args.minutes` is left out, a process is stopped after `args.limit` seconds.
+    """
     found: dict[str, Measured | str] = {}
+    end = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory() as cache:
         # Later turns take the compiled step from the first one's cache.
         environment = {
@@ -73,14 +80,16 @@ def run_in_turns(variants: list[Variant], turns: int, limit: float) -> dict[str,
         for turn in range(turns):
             for variant in variants:
                 before = found.get(variant.name)
-                if isinstance(before, str):
+                left = end - time.monotonic()
+                if isinstance(before, str) or (before and left < 0):
                     continue
-                now = _run(variant, environment, limit)
+                now = _run(variant, environment, min(args.limit, left)) if left > 0 else "not begun: out of time"
                 print(f"turn {turn + 1}, {variant.name}: {_short(now)}", file=sys.stderr, flush=True)
-                if isinstance(now, str) or before is None:
+                if before is None or (isinstance(now, str) and left > args.limit):
                     found[variant.name] = now
-                else:
+                elif isinstance(now, Measured):
                     before.seconds += now.seconds
+                    before.matmul = (before.matmul * turn + now.matmul) / (turn + 1)
                     before.peak = max(before.peak, now.peak)
     return found
 
@@ -98,7 +107,7 @@ def _run(variant: Variant, environment: dict[str, str], limit: float) -> Measure
 
 def why(status: int, stderr: str) -> str:
     """One line for a process that failed."""
-    if status == -9 or any(word in stderr for word in OUT_OF_MEMORY):
+    if status == -9 or any(word in stderr[-8000:] for word in OUT_OF_MEMORY):
         return "out of memory"
     lines = [line for line in stderr.strip().splitlines() if line.strip()]
     return lines[-1].strip()[:200] if lines else f"ended with status {status}"
@@ -123,23 +132,23 @@ def table(found: dict[str, Measured | str], baseline: str) -> list[str]:
     """Markdown: a line for each variant, rates from the median step of all turns, ratios in pairs/s to `baseline`."""
     first = found[baseline]
     lines = [
-        f"| variant | s a step | pairs a step | pairs/s | x {baseline} | instructions/s | tokens/s | TFLOP/s | MFU "
-        "| peak, GiB | compiled, GiB | compile, s | loss, first and last step |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| variant | s a step | pairs a step | pairs/s | x {baseline} | instructions/s | tokens/s | TFLOP/s "
+        "| matmul, TFLOP/s | MFU | peak, GiB | compiled, GiB | compile, s | loss, first and last step |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, one in found.items():
         if isinstance(one, str):
-            lines.append(f"| {name} | {one} | | | | | | | | | | | |")
+            lines.append(f"| {name} | {one} | | | | | | | | | | | | |")
             continue
         rate = one.pairs / one.median
         ratio = "" if isinstance(first, str) else f"{rate * first.median / first.pairs:.2f}"
-        speed = one.flops / one.median
+        speed, tokens = one.flops / one.median, one.tokens / one.median
         mfu = f"{speed / one.peak_flops:.1%}" if one.peak_flops else ""
         compiled = "" if one.compiled is None else f"{one.compiled / 2**30:.2f}"
         took = "" if one.compile_seconds is None else f"{one.compile_seconds:.0f}"
         lines.append(
             f"| {name}{one.note and f' ({one.note})'} | {one.median:.3f} | {one.pairs} | {rate:.2f} | {ratio} | "
-            f"{rate / PAIRS_EACH:.2f} | {one.tokens / one.median:.0f} | {speed / 1e12:.3g} | {mfu} | "
+            f"{rate / PAIRS_EACH:.2f} | {tokens:.0f} | {speed / 1e12:.3g} | {one.matmul / 1e12:.3g} | {mfu} | "
             f"{one.peak / 2**30:.2f} | {compiled} | {took} | {one.loss[0]:.4f}, {one.loss[1]:.4f} |"
         )
     return lines
@@ -150,11 +159,26 @@ def device_of(found: dict[str, Measured | str]) -> str:
     return ", ".join(sorted({one.device for one in found.values() if isinstance(one, Measured)})) or "no device"
 
 
+MATMUL = (4096, 4096)  # rows and columns of the measured product; the inner dimension is the model's width
+
+
+def matmul_speed(product: Callable[[], Any], width: int) -> float:
+    """FLOP/s of `product`, which multiplies MATMUL[0] x width by width x MATMUL[1] and waits for the result."""
+    product()
+    seconds = []
+    for _ in range(7):
+        began = time.perf_counter()
+        product()
+        seconds.append(time.perf_counter() - began)
+    return 2 * MATMUL[0] * MATMUL[1] * width / statistics.median(seconds)
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What all scripts with variants take."""
     parser.add_argument("--steps", type=int, default=5, help="measured steps of a turn")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
     parser.add_argument("--turns", type=int, help="default: 3 on a CPU, 1 on an accelerator")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after so many")
     parser.add_argument("--limit", type=float, default=600, help="seconds after which one process is stopped")
     parser.add_argument("--out", help="a file, or `results` for benchmarks/results")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
