@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import statistics
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -80,25 +81,27 @@ def make_variants(names: list[str], size: str, pairs: int, args: argparse.Namesp
 def against(found: dict[str, turns.Measured | str], ours: list[str]) -> list[str]:
     """`ours : peer` in pairs/s: the best of ours against each peer."""
 
-    def rate(name: str) -> float:
-        one = found[name]
-        return 0.0 if isinstance(one, str) else one.pairs / one.median
+    done = {name: one for name, one in found.items() if isinstance(one, turns.Measured)}
 
-    best = max(ours, key=rate)
-    peers = [name for name in found if name not in ours and rate(name)]
-    if not peers or not rate(best):
+    def rate(name: str) -> float:
+        return done[name].pairs / done[name].median
+
+    peers = [name for name in done if name not in ours]
+    best = max((name for name in ours if name in done), key=rate, default=None)
+    if best is None or not peers:
         return []
-    shown = []
+    shown, a = [], done[best]
     for name in peers:
-        ratio, speeds = rate(best) / rate(name), [found[one].matmul for one in (best, name)]  # type: ignore[union-attr]
+        b = done[name]
+        busy = statistics.median(b.busy) / b.pairs / (statistics.median(a.busy) / a.pairs)
         shown.append(
-            f"- {best} : {name} = {rate(best):.2f} : {rate(name):.2f} = {ratio:.2f}; a matrix product alone: "
-            f"{speeds[0] / speeds[1]:.2f}"
+            f"- {best} : {name} = {rate(best):.2f} : {rate(name):.2f} = {rate(best) / rate(name):.2f}; "
+            f"in processor seconds {busy:.2f}; a matrix product alone {a.matmul / b.matmul:.2f}"
         )
     return ["", "ours : peer, pairs/s", "", *shown]
 
 
-def make_model(config: QwenVLConfig, recipe: Recipe, device: str) -> Any:
+def make_model(config: QwenVLConfig, recipe: Recipe, device: str, dtype: "torch.dtype | None" = None) -> Any:
     """The peer with random weights, made on the device, and a fresh adapter."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -175,7 +178,7 @@ def make_model(config: QwenVLConfig, recipe: Recipe, device: str) -> Any:
             return self.decoder(inputs_embeds=x, **options).logits
 
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
+    torch.set_default_dtype(dtype or torch.float32)
     try:
         with torch.device(device):
             model: Any = Peer()
@@ -212,7 +215,7 @@ class Batch:
     pixels: "torch.Tensor"
 
 
-def make_batch(instructions: list[Instruction], pairs: int, device: str) -> Batch:
+def make_batch(instructions: list[Instruction], pairs: int, device: str, dtype: "torch.dtype | None" = None) -> Batch:
     """The first pairs of these instructions. All sequences are of one length, so that there is nothing to pad."""
     import torch
 
@@ -224,23 +227,29 @@ def make_batch(instructions: list[Instruction], pairs: int, device: str) -> Batc
     labelled[:, -RESPONSE:] = LABELLED
     mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
     pixels = np.stack([(one.image / 255 - mean) / std for one, _ in sequences]).transpose(0, 3, 1, 2)
-    kind = torch.bfloat16 if device == "cuda" else torch.float32
     return Batch(
         torch.tensor(tokens, device=device),
         torch.tensor(labelled, device=device),
-        torch.tensor(pixels, device=device, dtype=kind),
+        torch.tensor(pixels, device=device, dtype=dtype or torch.float32),
     )
 
 
 class Step:
-    """A model, its optimizer and one step of DPO."""
+    """A model, its optimizer and one step of DPO. With bfloat16 weights the step runs under autocast."""
 
-    def __init__(self, config: QwenVLConfig, recipe: Recipe, device: str, learning_rate: float = 1e-5):
+    def __init__(
+        self,
+        config: QwenVLConfig,
+        recipe: Recipe,
+        device: str,
+        dtype: "torch.dtype | None" = None,
+        learning_rate: float = 1e-5,
+    ):
         import torch
 
         torch.manual_seed(0)
-        self.recipe, self.device = recipe, device
-        self.model: Any = make_model(config, recipe, device)
+        self.recipe, self.device, self.dtype = recipe, device, dtype or torch.float32
+        self.model: Any = make_model(config, recipe, device, dtype)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.trained, learning_rate, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.05, fused=recipe.fused_adamw
@@ -305,16 +314,16 @@ class Step:
     def autocast(self) -> contextlib.AbstractContextManager:
         import torch
 
-        return torch.autocast("cuda", torch.bfloat16) if self.device == "cuda" else contextlib.nullcontext()
+        mixed = self.dtype == torch.bfloat16
+        return torch.autocast(self.device, torch.bfloat16) if mixed else contextlib.nullcontext()
 
 
-def matmul_speed(width: int, device: str) -> float:
+def matmul_speed(width: int, device: str, dtype: "torch.dtype") -> float:
     """FLOP/s of a large matrix product in PyTorch."""
     import torch
 
-    kind = torch.bfloat16 if device == "cuda" else torch.float32
-    left = torch.ones(turns.MATMUL[0], width, device=device, dtype=kind)
-    right = torch.ones(width, turns.MATMUL[1], device=device, dtype=kind)
+    left = torch.ones(turns.MATMUL[0], width, device=device, dtype=dtype)
+    right = torch.ones(width, turns.MATMUL[1], device=device, dtype=dtype)
 
     def product() -> None:
         left @ right
@@ -331,18 +340,17 @@ def measure(options: dict[str, Any]) -> turns.Measured:
     from silkie_jax.training.chips import find_chip
 
     config, recipe, pairs = MODELS[options["size"]], VARIANTS[options["variant"]], options["pairs"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     began = time.perf_counter()
-    step = Step(config, recipe, device)
+    step = Step(config, recipe, device, dtype)
     instructions = make_instructions(config, -(-pairs // 4))
-    batch = make_batch(instructions, pairs, device)
+    batch = make_batch(instructions, pairs, device, dtype)
     reference = step.reference(batch) if recipe.precomputed else None
-    losses, seconds = [step.update(batch, reference)], []
+    losses, clock = [step.update(batch, reference)], turns.Clock()
     took = time.perf_counter() - began
     for _ in range(options["warmup"] + options["steps"]):
-        began = time.perf_counter()
-        losses.append(step.update(batch, reference))
-        seconds.append(time.perf_counter() - began)
+        with clock.step():
+            losses.append(step.update(batch, reference))
     every = [(one, k) for one in instructions for pair in one.pairs for k in pair][: 2 * pairs]
     work = work_of([one.row([k]) for one, k in every])
     flops = step_flops(config, work, Training(lora_rank(config), OUR_TARGETS, live_reference=reference is None)).model
@@ -353,7 +361,8 @@ def measure(options: dict[str, Any]) -> turns.Measured:
     extras = [name for name in ("flash_attn", "liger_kernel") if importlib.util.find_spec(name) and recipe.liger]
     return turns.Measured(
         device=f"1 x {kind}",
-        seconds=seconds[options["warmup"] :],
+        seconds=clock.seconds[options["warmup"] :],
+        busy=clock.busy[options["warmup"] :],
         pairs=pairs,
         tokens=work.tokens,
         flops=flops,
@@ -361,7 +370,7 @@ def measure(options: dict[str, Any]) -> turns.Measured:
         peak=torch.cuda.max_memory_allocated() if device == "cuda" else turns.resident_peak(),
         loss=(losses[0], losses[-1]),
         compile_seconds=took if recipe.compiled else None,
-        matmul=matmul_speed(config.hidden_size, device),
+        matmul=matmul_speed(config.hidden_size, device, dtype),
         note=", ".join(extras),
     )
 

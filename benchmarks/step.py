@@ -146,12 +146,11 @@ def measure(options: dict[str, Any]) -> turns.Measured:
     compile_seconds = time.perf_counter() - began
     state, batch = random_state(program), put(arrays, mesh)
     trainable, optimizer = state.trainable, state.optimizer  # given away (donated) to each step
-    seconds, losses = [], []
+    losses, clock = [], turns.Clock()
     for _ in range(options["warmup"] + options["steps"]):
-        began = time.perf_counter()
-        trainable, optimizer, metrics = compiled(trainable, optimizer, state.frozen, state.reference, batch)
-        losses.append(float(metrics["loss"]))  # waits for the step
-        seconds.append(time.perf_counter() - began)
+        with clock.step():
+            trainable, optimizer, metrics = compiled(trainable, optimizer, state.frozen, state.reference, batch)
+            losses.append(float(metrics["loss"]))  # waits for the step
     memory: Any = compiled.memory_analysis()
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -159,7 +158,8 @@ def measure(options: dict[str, Any]) -> turns.Measured:
     chip = find_chip(device.device_kind)
     return turns.Measured(
         device=f"{mesh.devices.size} x {device.device_kind}",
-        seconds=seconds[options["warmup"] :],
+        seconds=clock.seconds[options["warmup"] :],
+        busy=clock.busy[options["warmup"] :],
         pairs=work.pairs,
         tokens=work.tokens,
         flops=step_flops(config, work, training_of(train)).model,

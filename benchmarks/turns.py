@@ -5,6 +5,7 @@ variant that fails, for want of memory above all, is reported and left out of la
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OutOfMemoryError", "MemoryError", "Out o
 class Measured:
     """What one process found.
 
-    seconds: of each step, warm-up excluded. pairs, tokens: of one step, without padding. flops: model FLOPs of one
+    seconds: of each step, warm-up excluded; busy: of the processors meanwhile, which on a CPU hardly change when other
+    work slows the steps. pairs, tokens: of one step, without padding. flops: model FLOPs of one
     step by formula. peak: bytes at the peak, of the device where it tells (else of the process). compiled: bytes that
     the compiler says the step needs (arguments, temporaries and outputs), where there is a compiler. loss: of the first
     step and of the last one. matmul: FLOP/s of one large matrix product in this library, just after the steps: what
@@ -37,6 +39,7 @@ class Measured:
 
     device: str
     seconds: list[float]
+    busy: list[float]
     matmul: float
     pairs: int
     tokens: int
@@ -51,6 +54,21 @@ class Measured:
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+
+class Clock:
+    """Times steps: `with clock.step(): ...`."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.busy: list[float] = []
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        began, busy = time.perf_counter(), time.process_time()
+        yield
+        self.seconds.append(time.perf_counter() - began)
+        self.busy.append(time.process_time() - busy)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +91,7 @@ def run_in_turns(variants: list[Variant], turns: int, args: argparse.Namespace) 
         # Later turns take the compiled step from the first one's cache.
         environment = {
             **os.environ,
+            "OMP_WAIT_POLICY": "PASSIVE",  # PyTorch on a CPU: threads that wait do not count as busy
             "JAX_COMPILATION_CACHE_DIR": cache,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
             "XLA_PYTHON_CLIENT_MEM_FRACTION": os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92"),
@@ -89,6 +108,7 @@ def run_in_turns(variants: list[Variant], turns: int, args: argparse.Namespace) 
                     found[variant.name] = now
                 elif isinstance(now, Measured):
                     before.seconds += now.seconds
+                    before.busy += now.busy
                     before.matmul = (before.matmul * turn + now.matmul) / (turn + 1)
                     before.peak = max(before.peak, now.peak)
     return found
@@ -132,24 +152,26 @@ def table(found: dict[str, Measured | str], baseline: str) -> list[str]:
     """Markdown: a line for each variant, rates from the median step of all turns, ratios in pairs/s to `baseline`."""
     first = found[baseline]
     lines = [
-        f"| variant | s a step | pairs a step | pairs/s | x {baseline} | instructions/s | tokens/s | TFLOP/s "
+        "| variant | s a step | processor s a step | pairs a step | pairs/s | x | instructions/s | tokens/s | TFLOP/s "
         "| matmul, TFLOP/s | MFU | peak, GiB | compiled, GiB | compile, s | loss, first and last step |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, one in found.items():
         if isinstance(one, str):
-            lines.append(f"| {name} | {one} | | | | | | | | | | | | |")
+            lines.append(f"| {name} | {one} | | | | | | | | | | | | | |")
             continue
         rate = one.pairs / one.median
         ratio = "" if isinstance(first, str) else f"{rate * first.median / first.pairs:.2f}"
         speed, tokens = one.flops / one.median, one.tokens / one.median
         mfu = f"{speed / one.peak_flops:.1%}" if one.peak_flops else ""
+        busy, loss = statistics.median(one.busy), ", ".join(f"{x:.4f}" for x in one.loss)
         compiled = "" if one.compiled is None else f"{one.compiled / 2**30:.2f}"
         took = "" if one.compile_seconds is None else f"{one.compile_seconds:.0f}"
+        label = f"{name} ({one.note})" if one.note else name
         lines.append(
-            f"| {name}{one.note and f' ({one.note})'} | {one.median:.3f} | {one.pairs} | {rate:.2f} | {ratio} | "
+            f"| {label} | {one.median:.3f} | {busy:.3f} | {one.pairs} | {rate:.2f} | {ratio} | "
             f"{rate / PAIRS_EACH:.2f} | {tokens:.0f} | {speed / 1e12:.3g} | {one.matmul / 1e12:.3g} | {mfu} | "
-            f"{one.peak / 2**30:.2f} | {compiled} | {took} | {one.loss[0]:.4f}, {one.loss[1]:.4f} |"
+            f"{one.peak / 2**30:.2f} | {compiled} | {took} | {loss} |"
         )
     return lines
 
