@@ -1,8 +1,13 @@
-"""Every benchmark runs, at its smallest. (convert.py has its test in tests/qwen_vl, peer_torch.py in its own; pods.py needs the TPU compiler.)"""
+"""Every benchmark runs, at its smallest.
+
+Those of convert.py and peer_torch.py are in tests/qwen_vl/test_convert.py and test_peer_torch.py; pods.py needs the TPU
+compiler.
+"""
 
 import pytest
 
 from benchmarks import data_prep, gpu, input, judge_client, layout, logprobs, step
+from silkie_jax.errors import UserError
 from tests.benchmarks.conftest import cells
 
 SIZE = ["--size", "tiny", "--turns", "1"]
@@ -10,8 +15,8 @@ SIZE = ["--size", "tiny", "--turns", "1"]
 
 @pytest.mark.slow
 def test_layout(run):
-    printed = run(layout, *SIZE, "--instructions", "4")
-    assert cells(printed, "separate")[2] == "4.90"
+    printed = run(layout, *SIZE, "--instructions", "1")
+    assert cells(printed, "separate")[2] == "5.16"  # five pairs
     assert float(cells(printed, "separate")[-1]) < 1e-5
     assert float(cells(printed, "pairs")[-1]) < 1e-5
 
@@ -22,8 +27,7 @@ def test_logprobs(run):
         assert float(cells(printed, f"{head} | 512")[-2]) < 1e-5
         assert float(cells(printed, f"{head} | 512")[-1]) < 1e-5
         fused, full = ([float(cells(printed, f"{head} | {count}")[place]) for count in (128, 512)] for place in (5, 6))
-        assert full[1] > 2 * full[0]
-        assert fused[1] < 1.5 * fused[0]
+        assert full[1] - full[0] > 5 * (fused[1] - fused[0])
 
 
 @pytest.mark.slow
@@ -56,18 +60,11 @@ def test_judge_client(run):
     assert run(judge_client, "--requests", "8", "--concurrency", "4", "--rounds", "1", out=False)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--remat", "full", "--also", "remt=none"], "write KEY=VALUE"),
-        (["--remat", "full", "--tokens", "64"], None),  # refused where the rows are made, in the variant's line
-    ],
-)
-def test_mistakes_are_one_line(run, options, message):
-    from silkie_jax.errors import UserError
+def test_an_unknown_key_is_refused(run):
+    with pytest.raises(UserError, match="write KEY=VALUE"):
+        run(step, *SIZE, "--also", "remt=none", out=False)
 
-    if message:
-        with pytest.raises(UserError, match=message):
-            run(step, *SIZE, *options, out=False)
-    else:
-        assert "error: --tokens 64: a row has 930" in run(step, *SIZE, *options, out=False)
+
+def test_what_a_variant_refuses_stands_in_its_line(run):
+    printed = run(step, *SIZE, "--remat", "full", "--tokens", "64", out=False)
+    assert cells(printed, "ours")[1] == "error: --tokens 64: a row has 930"
