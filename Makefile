@@ -2,7 +2,7 @@
 # A stamp in .venv says what is installed; changing pyproject.toml or constraints.txt installs again.
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-hosts test-torch lint format clean
+.PHONY: help quickstart test test-hosts test-torch test-compile lint format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,6 +28,9 @@ test-hosts: $(VENV)/.installed-dev  ## the tests of several processes; wants fou
 
 test-torch: $(VENV)/.installed-dev-torch  ## the tests that need the torch extra (and PEFT)
 	$(BIN)/python -m pytest $$(grep -rlE 'importorskip\(.torch' tests --include='test_*.py')
+
+test-compile: $(VENV)/.installed-dev-tpu  ## compiles pod configs at full size with the TPU compiler (brings libtpu)
+	$(BIN)/python -m pytest tests/training/test_forecast.py -k fits_pods
 
 lint: $(VENV)/.installed-dev  ## ruff (lint and format) and mypy
 	$(BIN)/ruff check $(LINTED)

@@ -14,7 +14,13 @@ from silkie_jax.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status. A user's mistake is one line on stderr and status 1."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes positional arguments in one place only; overrides may also follow options.
+    if not hasattr(args, "overrides") or any("=" not in item or item.startswith("-") for item in rest):
+        args = parser.parse_args(argv)
+    else:
+        args.overrides += rest
     try:
         return args.run(args) or 0
     except UserError as e:
@@ -84,7 +90,9 @@ def make_parser() -> argparse.ArgumentParser:
     p = verb(verbs, "compile", _compile, "Compile a run's step for a machine that is not there: does it fit, how fast?")
     p.add_argument("config", help="the YAML file of the training run")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the file")
-    p.add_argument("--topology", required=True, help="such as v5e:4x4, v5p:4x4x4, v6e:8x8, or cpu:8 for a dry run")
+    p.add_argument(
+        "--topology", required=True, help="such as v5e:4x4, v5p:4x4x4, v6e:8x8, h100:8, h200:1, or cpu:8 for a dry run"
+    )
     p.add_argument("--tokens", type=int, default=1024, help="length that rows are padded to")
     p.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
 
@@ -156,7 +164,7 @@ def _corpus_import(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> None:
     from silkie_jax.training.config import load_config
 
-    config = load_config(args.config, args.overrides)  # before JAX is imported
+    config = load_config(args.config, args.overrides)
     _start_hosts(args)
     from silkie_jax.training.loop import train
 
@@ -175,11 +183,12 @@ def _reference(args: argparse.Namespace) -> None:
 
 def _compile(args: argparse.Namespace) -> int:
     from silkie_jax.training.config import load_config
-    from silkie_jax.training.forecast import Lengths, forecast, prepare
+    from silkie_jax.training.forecast import Lengths, forecast
+    from silkie_jax.training.topologies import prepare
 
     config = load_config(args.config, args.overrides)
-    prepare(args.topology)  # before JAX is imported
-    found = forecast(config, args.topology, Lengths(tokens=args.tokens))
+    prepare(args.topology)
+    found = forecast(config, args.topology, Lengths.of(args.tokens))
     print(json.dumps(found.as_dict()) if args.json else "\n".join(found.lines(config.epochs or 1)))
     return 0 if found.fits else 1
 

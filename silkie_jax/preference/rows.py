@@ -122,31 +122,32 @@ def make_row(
                 f"a response {opening + 1} or more: {opening + 1 - limit} more than max_length = {max_length}"
             )
 
-    tokens, positions, branches = [*prompt], [*range(len(prompt))], [0] * len(prompt)
-    predecessors, labels, label_branches = [], [], []
-    for branch, index in enumerate(responses, start=1):
-        ids, labelled = encoded[index]
-        for offset, (token, is_label) in enumerate(zip(ids[:limit], labelled, strict=False)):
-            if is_label:
-                predecessors.append(len(tokens) - 1 if offset else len(prompt) - 1)
-                labels.append(token)
-                label_branches.append(branch)
-            tokens.append(token)
-            positions.append(len(prompt) + offset)
-            branches.append(branch)
+    kept = [encoded[index] for index in responses]
+    lengths = [min(len(ids), limit) for ids, _ in kept]
+    starts = np.cumsum([len(prompt), *lengths])  # of each branch in the row, and the row's end
+    labelled = [np.flatnonzero(is_label[:limit]) for _, is_label in kept]  # offsets in the branch
+    each = np.arange(1, len(kept) + 1, dtype=np.int32)
     return Row(
         id=record.id,
-        tokens=np.array(tokens, np.int32),
-        positions=np.array(positions, np.int32),
-        branches=np.array(branches, np.int32),
-        predecessors=np.array(predecessors, np.int32),
-        labels=np.array(labels, np.int32),
-        label_branches=np.array(label_branches, np.int32),
+        tokens=np.concatenate([np.array(part, np.int32) for part in (prompt, *(ids[:limit] for ids, _ in kept))]),
+        positions=np.concatenate(
+            [np.arange(len(prompt), dtype=np.int32), *(np.arange(n, dtype=np.int32) + len(prompt) for n in lengths)]
+        ),
+        branches=np.repeat(np.append(np.int32(0), each), [len(prompt), *lengths]),
+        predecessors=np.concatenate(
+            # The first token of every branch is predicted by the last one of the prompt.
+            [
+                np.where(at == 0, len(prompt), start + at).astype(np.int32) - 1
+                for at, start in zip(labelled, starts, strict=False)
+            ]
+        ),
+        labels=np.concatenate([np.array(ids, np.int32)[at] for (ids, _), at in zip(kept, labelled, strict=True)]),
+        label_branches=np.repeat(each, [len(at) for at in labelled]),
         pairs=np.array([(number[a], number[b]) for a, b in pairs], np.int32).reshape(-1, 2),
         responses=tuple(responses),
         images=tuple(record.images),
         dropped_prompt=whole_prompt - len(prompt),
-        dropped_responses=tuple(max(len(encoded[index][0]) - limit, 0) for index in responses),
+        dropped_responses=tuple(max(len(ids) - limit, 0) for ids, _ in kept),
     )
 
 

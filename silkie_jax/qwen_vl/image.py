@@ -35,7 +35,8 @@ def read_image(
             width, height = image.size
             if width * height > max_pixels:
                 raise UserError(f"{name}: {width} x {height} pixels are more than the limit of {max_pixels}")
-            return np.array(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+            colour = image if image.mode == "RGB" else image.convert("RGB")
+            return np.asarray(colour.resize((size, size), Image.Resampling.BICUBIC))
     except UserError:
         raise
     except UnidentifiedImageError as error:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from silkie_jax.qwen_vl.attention import attention
+from silkie_jax.qwen_vl.attention import Attend, attention
 from silkie_jax.qwen_vl.config import QwenVLConfig
 from silkie_jax.qwen_vl.lora import Linear, precision
 from silkie_jax.qwen_vl.vision import scan, stack
@@ -121,10 +121,10 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, dtype, rngs)
 
     def __call__(
-        self, x: Float[Array, "B T W"], r: Rotation, mask: Bool[Array, "B T T"], adapter: bool = True
+        self, x: Float[Array, "B T W"], r: Rotation, attend: Attend, adapter: bool = True
     ) -> Float[Array, "B T W"]:
         q, k, v = self.attn.qkv(self.ln_1(x), r, adapter)
-        x = x + self.attn.out(attention(q, k, v, mask), adapter)
+        x = x + self.attn.out(attend(q, k, v), adapter)
         return x + self.mlp(self.ln_2(x), adapter)
 
     def cached(
@@ -159,12 +159,12 @@ class Decoder(nnx.Module):
         self,
         x: Float[Array, "B T W"],
         r: Rotation,
-        mask: Bool[Array, "B T T"],
+        attend: Attend,
         *,
         adapter: bool = True,
         wrap: Callable | None = None,
     ) -> Float[Array, "B T W"]:
-        x = scan(self.layers, x, lambda block, x: block(x, r, mask, adapter), wrap)
+        x = scan(self.layers, x, lambda block, x: block(x, r, attend, adapter), wrap)
         return self.ln_f(x)
 
     def cached(

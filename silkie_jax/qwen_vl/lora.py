@@ -6,9 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from silkie_jax.errors import UserError
+
+LINEAR = "linear"  # checkpoint name of what linear layers give
 
 
 def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
@@ -49,7 +52,8 @@ class Linear(nnx.Module):
         if adapter and self.lora_a is not None:
             low = _contract(_contract(x, self.lora_a[...]), self.lora_b[...])
             y = y + low * jnp.asarray(self.lora_scale, x.dtype)
-        return y
+        # Named, so that rematerialisation may keep the sum alone, and not also each of the products it is made of.
+        return checkpoint_name(y, LINEAR)
 
 
 def _contract(x: jax.Array, w: jax.Array) -> jax.Array:

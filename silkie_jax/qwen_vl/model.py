@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from silkie_jax.errors import UserError
-from silkie_jax.qwen_vl.attention import PADDING, PROMPT, branch_mask
+from silkie_jax.qwen_vl.attention import PADDING, PLAIN, PROMPT, Kernel
 from silkie_jax.qwen_vl.config import IMAGE_TOKENS, QwenVLConfig
 from silkie_jax.qwen_vl.language import Decoder, ntk_alpha, rotation
 from silkie_jax.qwen_vl.vision import VisionTower
@@ -60,11 +60,11 @@ class QwenVL(nnx.Module):
         return _logits(graph, state, tokens, images, mask, bool(train))
 
     def encode_images(
-        self, images: UInt8[Array, "... S S 3"], wrap: Callable | None = None
+        self, images: UInt8[Array, "... S S 3"], wrap: Callable | None = None, kernel: Kernel = PLAIN
     ) -> Float[Array, "... 256 W"]:
         """The rows that stand for each image."""
         *lead, h, w, c = images.shape
-        rows = self.visual(images.reshape(-1, h, w, c), self.dtype, wrap)
+        rows = self.visual(images.reshape(-1, h, w, c), self.dtype, wrap, kernel.everywhere)
         return rows.reshape(*lead, *rows.shape[1:])
 
     def embed(
@@ -98,12 +98,13 @@ class QwenVL(nnx.Module):
         train: bool,
         adapter: bool = True,
         wrap: Callable | None = None,
+        kernel: Kernel = PLAIN,
     ) -> Float[Array, "B T W"]:
         """Normalised hidden states of rows with branches (attention.branch_mask); `adapter=False` is the base model."""
         alpha = 1.0 if train else ntk_alpha(self.config, tokens.shape[1])
         r = rotation(self.config, positions, alpha, train)
         x = self.embed(tokens, features)
-        return self.language(x, r, branch_mask(branches), adapter=adapter, wrap=wrap)
+        return self.language(x, r, kernel.among(branches), adapter=adapter, wrap=wrap)
 
 
 @partial(jax.jit, static_argnames=("graph", "train"))

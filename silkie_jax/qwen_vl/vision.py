@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from silkie_jax.qwen_vl.attention import attention
+from silkie_jax.qwen_vl.attention import Attend, attention
 from silkie_jax.qwen_vl.config import IMAGE_TOKENS, VisionConfig
 from silkie_jax.qwen_vl.lora import Linear, precision
 
@@ -44,9 +44,9 @@ class Attention(nnx.Module):
         self.in_proj = Linear(width, (heads, 3, dim), axes, dtype=dtype, rngs=rngs)
         self.out_proj = Linear(width, (width,), ("embed", "heads"), dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "N P W"]) -> Float[Array, "N P W"]:
+    def __call__(self, x: Float[Array, "N P W"], attend: Attend = attention) -> Float[Array, "N P W"]:
         qkv = self.in_proj(x)  # [N, P, H, 3, D]
-        y = attention(qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :])
+        y = attend(qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :])
         return self.out_proj(y.reshape(x.shape))
 
 
@@ -67,8 +67,8 @@ class Block(nnx.Module):
         self.ln_2 = LayerNorm(config.width, dtype)
         self.mlp = Mlp(config, dtype, rngs)
 
-    def __call__(self, x: Float[Array, "N P W"]) -> Float[Array, "N P W"]:
-        x = x + self.attn(self.ln_1(x))
+    def __call__(self, x: Float[Array, "N P W"], attend: Attend = attention) -> Float[Array, "N P W"]:
+        x = x + self.attn(self.ln_1(x), attend)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -82,7 +82,11 @@ class PoolAttention(nnx.Module):
         self.out_proj = Linear(dim, (dim,), ("embed", "heads"), dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, query: Float[Array, "N Q D"], key: Float[Array, "N P D"], value: Float[Array, "N P D"]
+        self,
+        query: Float[Array, "N Q D"],
+        key: Float[Array, "N P D"],
+        value: Float[Array, "N P D"],
+        attend: Attend = attention,
     ) -> Float[Array, "N Q D"]:
         weight, bias = self.in_proj.weight[...], self.in_proj.bias[...]
 
@@ -91,7 +95,7 @@ class PoolAttention(nnx.Module):
             y = jnp.einsum("ntd,ed->nte", x, w, precision=precision(x.dtype)) + b
             return y.reshape(*y.shape[:2], self.heads, -1)
 
-        y = attention(project(query, 0), project(key, 1), project(value, 2))
+        y = attend(project(query, 0), project(key, 1), project(value, 2))
         return self.out_proj(y.reshape(query.shape))
 
 
@@ -108,13 +112,13 @@ class Resampler(nnx.Module):
         self.ln_q = LayerNorm(dim, dtype)
         self.ln_kv = LayerNorm(dim, dtype)
 
-    def __call__(self, x: Float[Array, "N P W"]) -> Float[Array, "N Q D"]:
+    def __call__(self, x: Float[Array, "N P W"], attend: Attend = attention) -> Float[Array, "N Q D"]:
         n, patches, _ = x.shape
         positions = self.pos_embed[...].astype(x.dtype)
         value = self.ln_kv(self.kv_proj(x))
         key = value + interpolate_positions(self.pos_embed[...], patches).astype(x.dtype)
         query = self.ln_q(self.query[...].astype(x.dtype)) + positions
-        return self.attn(jnp.broadcast_to(query, (n, *query.shape)), key, value)
+        return self.attn(jnp.broadcast_to(query, (n, *query.shape)), key, value, attend)
 
 
 class VisionTower(nnx.Module):
@@ -135,12 +139,16 @@ class VisionTower(nnx.Module):
         self.proj = nnx.Param(init(rngs.params(), (dim, dim), dtype), axes=("embed", "heads"))
 
     def __call__(
-        self, images: UInt8[Array, "N S S 3"], dtype: jnp.dtype, wrap: Callable | None = None
+        self,
+        images: UInt8[Array, "N S S 3"],
+        dtype: jnp.dtype,
+        wrap: Callable | None = None,
+        attend: Attend = attention,
     ) -> Float[Array, "N 256 D"]:
         """Encodes images in `dtype`. `wrap` wraps each block, as `jax.checkpoint` does."""
         x = self.embed_patches(images, dtype)
-        x = scan(self.layers, x, lambda block, x: block(x), wrap)
-        return self.pool(x)
+        x = scan(self.layers, x, lambda block, x: block(x, attend), wrap)
+        return self.pool(x, attend)
 
     def embed_patches(self, images: UInt8[Array, "N S S 3"], dtype: jnp.dtype) -> Float[Array, "N P W"]:
         """Normalises, cuts into patches, projects, adds positions, ln_pre."""
@@ -148,9 +156,9 @@ class VisionTower(nnx.Module):
         positions = interpolate_positions(self.positional_embedding[...], x.shape[1])
         return self.ln_pre(x + positions.astype(dtype))
 
-    def pool(self, x: Float[Array, "N P W"]) -> Float[Array, "N 256 D"]:
+    def pool(self, x: Float[Array, "N P W"], attend: Attend = attention) -> Float[Array, "N 256 D"]:
         """The resampler, ln_post and the last projection: what `train_vision: resampler` trains."""
-        x = self.ln_post(self.attn_pool(x))
+        x = self.ln_post(self.attn_pool(x, attend))
         return jnp.matmul(x, self.proj[...].astype(x.dtype), precision=precision(x.dtype))
 
 

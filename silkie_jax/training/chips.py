@@ -38,3 +38,32 @@ def find_chip(device_kind: str) -> Chip | None:
     # "TPU v5p" and "NVIDIA H100 80GB HBM3" say more than the table, "TPU v5 lite" must not be taken for "TPU v5".
     named = [chip for chip in CHIPS if chip.name in device_kind]
     return max(named, key=lambda chip: len(chip.name), default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What XLA's compiler wants to know of an NVIDIA GPU that is not there (CUDA programming guide, data sheets).
+
+    shared_memory: bytes that one block can have. fpus: float32 units of a multiprocessor. l2_cache: bytes.
+    """
+
+    chip: Chip
+    capability: tuple[int, int]
+    multiprocessors: int
+    fpus: int
+    shared_memory: int
+    l2_cache: int
+    clock_ghz: float
+
+
+_GPUS = {
+    "a100": ((8, 0), 108, 64, 163 * 1024, 40 * 2**20, 1.41),
+    "h100": ((9, 0), 132, 128, 227 * 1024, 50 * 2**20, 1.98),
+    "h200": ((9, 0), 132, 128, 227 * 1024, 50 * 2**20, 1.98),
+}
+
+
+def find_gpu(name: str) -> Gpu | None:
+    """The GPU called `name` on the command line, such as h100."""
+    chip = find_chip(name.upper())
+    return Gpu(chip, *_GPUS[name]) if chip and name in _GPUS else None

@@ -14,19 +14,25 @@ _CALLEES = re.compile(r"(?:calls|to_apply|body|true_computation|false_computatio
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
-_CONSTANT = re.compile(r"s32\[\][^ ]* constant\((\d+)\)")
+_CONSTANT = re.compile(r"[su]32\[\][^ ]* constant\((\d+)\)")
+_INDEX = re.compile(r" get-tuple-element\(.*\), index=(\d+)")
+_BODY = re.compile(r"body=%?([\w.\-]+)")
+_NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+_OPERAND = re.compile(r"%([\w.\-]+)")
 
 
 def collective_bytes(hlo: str) -> dict[str, float]:
     """Bytes that one chip receives in one run of the program, by kind of collective.
 
     Bodies of loops count as often as they run: by the trip count that the compiler notes, or else by the constant that
-    the loop's condition compares with. An all-reduce counts twice, as a ring sends it.
+    the loop's condition compares with. An all-reduce counts twice, as a ring sends it. The TPU compiler writes a
+    collective down again in each computation that it runs beside: those of one channel are one.
     """
     computations, entry = _computations(hlo)
     times = _executions(computations, entry)
-    total: defaultdict[str, float] = defaultdict(float)
+    sizes: dict[tuple[str, str], float] = {}
     for name, lines in computations.items():
         for line in lines:
             match = _INSTRUCTION.match(line)
@@ -34,7 +40,12 @@ def collective_bytes(hlo: str) -> dict[str, float]:
                 continue
             kind = match[2].removesuffix("-start")
             if kind in _KINDS:
-                total[kind] += times[name] * _received(kind, match[1], line)
+                channel = _CHANNEL.search(line)
+                one = (kind, channel[1] if channel else line)
+                sizes[one] = min(sizes.get(one, math.inf), times[name] * _received(kind, match[1], line))
+    total: defaultdict[str, float] = defaultdict(float)
+    for (kind, _), size in sizes.items():
+        total[kind] += size
     return dict(total)
 
 
@@ -72,6 +83,7 @@ def _executions(computations: dict[str, list[str]], entry: str) -> dict[str, flo
 
 
 def _trips(line: str, computations: dict[str, list[str]]) -> int:
+    """How often a loop runs: as noted, or the limit of the counter in its condition over the counter's step."""
     known = _TRIPS.search(line)
     if known:
         return int(known[1])
@@ -81,8 +93,23 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int:
     lines = computations.get(condition[1], [])
     called = [callee for text in lines for callee in _CALLEES.findall(text)]
     lines = [*lines, *(text for callee in called for text in computations.get(callee, ()))]
-    constants = [int(n) for text in lines for n in _CONSTANT.findall(text)]
-    return max(constants, default=1)
+    limit = max((int(n) for text in lines for n in _CONSTANT.findall(text)), default=1)
+    counters = [int(n) for text in lines for n in _INDEX.findall(text)]
+    body = _BODY.search(line)
+    step = _step(computations.get(body[1], []), counters[0]) if body and len(counters) == 1 else 1
+    return -(-limit // step)
+
+
+def _step(body: list[str], counter: int) -> int:
+    """What a loop's body adds to the counter, element number `counter` of what it carries; 1 where it does not say."""
+    values = {match[1]: line for line in body if (match := _NAME.match(line))}
+    root = next((line for line in body if line.lstrip().startswith("ROOT")), "")
+    carried = _OPERAND.findall(root[root.find(" tuple(") :])
+    added = values.get(carried[counter], "") if counter < len(carried) else ""
+    if " add(" not in added:
+        return 1
+    steps = [_CONSTANT.findall(values.get(name, "")) for name in _OPERAND.findall(added[added.find(" add(") :])]
+    return next((int(found[0]) for found in steps if found), 1)
 
 
 def _received(kind: str, result: str, line: str) -> float:

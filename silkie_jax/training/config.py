@@ -18,6 +18,7 @@ REFERENCES = ("adapter_off", "copy", "precomputed")
 VISION = ("none", "resampler", "all")
 SCHEDULES = ("cosine", "linear", "constant")
 REMAT = ("full", "dots", "none")
+ATTENTION = ("auto", "plain", "flash", "cudnn")
 ON_NONFINITE = ("stop", "skip")
 DTYPES = ("bfloat16", "float32")
 
@@ -81,7 +82,8 @@ class TrainConfig:
     max_prompt_length: int | None = None  # what a prompt is cut to where that is exceeded; None: half
     seed: int = 0
     dtype: str = "bfloat16"  # of computation and of frozen weights; what is trained is kept in float32
-    remat: str = "full"  # what the backward pass computes again: every layer, all but its matmuls, nothing
+    remat: str = "dots"  # what the backward pass computes again: every layer, all but its matmuls, nothing
+    attention: str = "auto"  # the kernel; auto: what is best on the platform
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     on_nonfinite: str = "stop"  # at a gradient that is not finite: stop, or skip the update and count it
     checkpoint_every: int = 100
@@ -203,6 +205,7 @@ def _check(config: TrainConfig, where: str) -> None:
     one_of("optimizer.schedule", config.optimizer.schedule, SCHEDULES)
     one_of("dtype", config.dtype, DTYPES)
     one_of("remat", config.remat, REMAT)
+    one_of("attention", config.attention, ATTENTION)
     one_of("on_nonfinite", config.on_nonfinite, ON_NONFINITE)
     for key in ("batch_rows", "accumulate", "checkpoint_every", "keep_checkpoints", "evaluate_every", "log_every"):
         need(getattr(config, key) >= 1, f"{key} must be at least 1, not {getattr(config, key)}")
@@ -265,7 +268,7 @@ def save_config(config: TrainConfig, path: Path) -> None:
 
 # Keys that may differ between the parts of one run: they do not change what is computed.
 _FREE = re.compile(
-    r"^(run_dir|workers|log_every|evaluate_every|checkpoint_every|keep_checkpoints|on_nonfinite|wandb|mesh\..*|remat)$"
+    r"^(run_dir|workers|log_every|evaluate_every|checkpoint_every|keep_checkpoints|on_nonfinite|wandb|mesh\..*|remat|attention)$"
 )
 
 

@@ -1,22 +1,23 @@
 """`silkie compile`: the real training step, compiled for a machine that is not there, and what it will need.
 
-For TPU topologies the real XLA:TPU compiler runs on a CPU-only machine (libtpu comes as a wheel); `cpu:N` is a dry run
-on N pretended devices.
+The real compilers of TPUs and NVIDIA GPUs run on a machine that has neither (topologies.py); `cpu:N` is a dry run on N
+pretended devices.
 """
 
 import dataclasses
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from silkie_jax.errors import UserError
 from silkie_jax.training.config import TrainConfig
+from silkie_jax.training.topologies import find_devices
 
 # Bounds on what a real run reaches of the chip's peak; published figures of large models are 0.45 to 0.65.
 EFFICIENCY = 0.5
 INSTRUCTIONS = 80_258  # of the published corpus (facts of VLFeedback), for hours of a whole run
 PAIRS_EACH = 4.75
+GPU_SHARE = 0.9  # of a GPU's memory for arrays (XLA_PYTHON_CLIENT_MEM_FRACTION): libraries and fragments take the rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,16 @@ class Lengths:
     labels: int = 640
     prompt: int = 330
     responses: tuple[int, ...] = (150, 150, 150, 150)
+
+    @classmethod
+    def of(cls, tokens: int) -> "Lengths":
+        """A row of the published corpus, with responses so long that it fills `tokens` as the default fills 1,024."""
+        from silkie_jax.preference.batches import bucket
+
+        most = 4 * ((tokens * 930 // 1024 - cls.prompt) // 4)
+        if most < 4 * 8:
+            raise UserError(f"--tokens {tokens}: a prompt with an image and four responses take 400 or more")
+        return cls(tokens, bucket(most), responses=(most // 4,) * 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +75,9 @@ class Forecast:
         gib = 2**30
         used = f"{self.peak_bytes / gib:.2f} GiB a chip at the peak"
         room = "" if self.memory_bytes is None else f" of {self.memory_bytes / gib:.0f} GiB ({self.chip})"
+        chips = f"{self.chips} chip{'s' * (self.chips > 1)}"
         out = [
-            f"{self.topology}: {self.chips} chips, {self.rows} rows a step, compiled in {self.compile_seconds:.0f} s",
+            f"{self.topology}: {chips}, {self.rows} rows a step, compiled in {self.compile_seconds:.0f} s",
             f"memory: {used}{room}: arguments {self.argument_bytes / gib:.2f}, temporaries "
             f"{self.temporary_bytes / gib:.2f} GiB -> {'fits' if self.fits else 'DOES NOT FIT'}",
             f"work: {self.flops / 1e15:.2f} PFLOP a step, rematerialisation included, by formula",
@@ -85,30 +97,13 @@ class Forecast:
         return out
 
 
-def prepare(topology: str) -> None:
-    """Sets what JAX reads when it starts; call it before JAX is imported."""
-    kind, _, size = topology.partition(":")
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    if kind == "cpu":
-        if not size.isdecimal() or int(size) < 1:
-            raise UserError(f"--topology {topology}: write cpu:N with N devices")
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={size}".strip()
-    else:
-        os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-        # What the compiler would otherwise ask the cloud, and complain of at length where it is not there.
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        os.environ.setdefault("TPU_WORKER_ID", "0")
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-
-
 def forecast(config: TrainConfig, topology: str, lengths: Lengths) -> Forecast:
-    """Compiles the training step of a configuration for a topology such as v5e:4x4, v5p:4x4x4 or cpu:8.
+    """Compiles the training step of a configuration for a topology such as v5e:4x4, h100:8 or cpu:8.
 
     Where the model's folder is not there, the published Qwen-VL-Chat is meant.
 
     Raises:
-      UserError: the topology is unknown, libtpu is missing, or the step does not fit the chip's memory.
+      UserError: the topology is unknown, its compiler is not installed, or the step does not fit the chip's memory.
     """
     from silkie_jax.preference.batches import Shape, round_up
     from silkie_jax.qwen_vl.config import QWEN_VL_CHAT, QwenVLConfig
@@ -117,7 +112,7 @@ def forecast(config: TrainConfig, topology: str, lengths: Lengths) -> Forecast:
     from silkie_jax.training.mesh import batch_shards, make_mesh
     from silkie_jax.training.trainer import Program
 
-    devices = _devices(topology)
+    devices = find_devices(topology)
     model = QwenVLConfig.from_folder(config.model) if Path(config.model).exists() else QWEN_VL_CHAT
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     program = Program(config, model, mesh, steps=1000)
@@ -138,6 +133,7 @@ def forecast(config: TrainConfig, topology: str, lengths: Lengths) -> Forecast:
         raise UserError(f"{topology}: does not fit the chip: {_first_line(e)}; use fewer batch_rows") from None
     took = time.monotonic() - began
     memory: Any = compiled.memory_analysis()
+    config = dataclasses.replace(config, attention=program.step.kernel.name)
     collectives = collective_bytes(compiled.as_text() or "")
     chip = find_chip(mesh.devices.flat[0].device_kind)
     flops = _flops(config, model, lengths)
@@ -160,28 +156,11 @@ def forecast(config: TrainConfig, topology: str, lengths: Lengths) -> Forecast:
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         peak_bytes=peak,
-        memory_bytes=chip.memory if chip else None,
+        memory_bytes=chip.memory * (1 if chip.name.startswith("TPU") else GPU_SHARE) if chip else None,
         flops=flops,
         collectives=collectives,
         seconds=seconds,
     )
-
-
-def _devices(topology: str) -> list[Any]:
-    import jax
-
-    if topology.startswith("cpu:"):
-        return list(jax.devices())
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
-        raise UserError("compiling for TPU needs libtpu; pip install 'silkie-jax[tpu]'") from None
-    from jax.experimental import topologies
-
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except Exception as e:
-        raise UserError(f"--topology {topology}: {_first_line(e)}; write for example v5e:4x4 or cpu:8") from None
 
 
 def _flops(config: TrainConfig, model: Any, lengths: Lengths) -> float:
@@ -200,11 +179,13 @@ def _traffic(config: TrainConfig, program: Any, lengths: Lengths) -> float:
 
     state, mesh = program.shapes, program.mesh
     weights = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((state.trainable, state.frozen)))
-    passes = 2 + (config.remat != "none") + (config.reference in ("adapter_off", "copy"))
+    passes = 2 + (config.remat == "full") + (config.reference in ("adapter_off", "copy"))
     model = program.model_config
     rows = config.batch_rows / (mesh.shape["data"] * mesh.shape["fsdp"])
     width = 10 * model.hidden_size + 6 * model.mlp_width + 4 * model.attention_width
-    layer = rows * lengths.tokens * width * 2 + rows * model.num_attention_heads * lengths.tokens**2 * 12
+    layer = rows * lengths.tokens * width * 2
+    if config.attention == "plain":
+        layer += rows * model.num_attention_heads * lengths.tokens**2 * 12
     return config.accumulate * passes * (weights + model.num_hidden_layers * layer) / mesh.shape["tensor"]
 
 

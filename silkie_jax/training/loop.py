@@ -1,5 +1,6 @@
 """`silkie train`: from a configuration to a trained adapter or model, resuming where it was cut off."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from silkie_jax.training.checkpoint import Checkpoints
 from silkie_jax.training.config import TrainConfig, check_same_run, save_config
 from silkie_jax.training.data import Data, open_data
 from silkie_jax.training.distributed import StopRequest
+from silkie_jax.training.kernel import sound_kernel
 from silkie_jax.training.mesh import make_mesh
 from silkie_jax.training.meters import Meters
 from silkie_jax.training.metrics import MetricsWriter, check_wandb
@@ -40,6 +42,8 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
     if (run / "config.yaml").exists():
         check_same_run(config, run / "config.yaml")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    kernel = sound_kernel(config.attention, config.dtype, mesh, print if main else lambda line: None)
+    config = dataclasses.replace(config, attention=kernel.name)
     corpus, tokenizer = CorpusReader(config.corpus), Tokenizer.from_folder(config.model)
     data = open_data(config, mesh, corpus, tokenizer)  # what is wrong with it is said before gigabytes are read
     policy = load_policy(config, mesh)

@@ -18,6 +18,7 @@ from silkie_jax.qwen_vl.model import QwenVL
 from silkie_jax.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.qwen_vl.weights import load_model
 from silkie_jax.training.config import TrainConfig
+from silkie_jax.training.kernel import sound_kernel
 from silkie_jax.training.mesh import make_mesh, sharding_of
 from silkie_jax.training.scorer import Scorer
 
@@ -28,6 +29,7 @@ def compute_reference(config: TrainConfig) -> Path:
     The reference is the base model: with LoRA the adapter is off, without it these are the weights training starts
     from. What is done is kept; the same command continues.
     """
+    main = jax.process_index() == 0
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     corpus, tokenizer = CorpusReader(config.corpus), Tokenizer.from_folder(config.model)
     model = load_model(config.model, dtype=config.dtype, sharding_of=partial(sharding_of, mesh))
@@ -40,8 +42,8 @@ def compute_reference(config: TrainConfig) -> Path:
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
         workers=config.workers,
+        kernel=sound_kernel(config.attention, config.dtype, mesh, print if main else lambda line: None),
     )
-    main = jax.process_index() == 0
     missing = store.missing()
     if jax.process_count() > 1:  # all hosts must take the same parts, whatever each sees of a shared disk
         flags = jnp.array([part in missing for part in range(store.parts)])

@@ -14,6 +14,7 @@ from silkie_jax.errors import UserError
 from silkie_jax.preference.rows import Row, RowTooLong
 from silkie_jax.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.qwen_vl.weights import load_model
+from silkie_jax.training.kernel import sound_kernel
 from silkie_jax.training.mesh import make_mesh, sharding_of
 from silkie_jax.training.scorer import Scored, Scorer
 
@@ -50,7 +51,8 @@ def score(
     mesh = make_mesh()
     tokenizer = Tokenizer.from_folder(model_path)
     model = load_model(model_path, dtype=dtype, adapter=adapter, sharding_of=partial(sharding_of, mesh))
-    scorer = Scorer(model, tokenizer, mesh, batch_rows=batch_rows, max_length=max_length)
+    kernel = sound_kernel("auto", dtype, mesh)
+    scorer = Scorer(model, tokenizer, mesh, batch_rows=batch_rows, max_length=max_length, kernel=kernel)
     cut = left_out = 0
     at_once = AT_ONCE * scorer.rows
     with (

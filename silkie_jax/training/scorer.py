@@ -15,6 +15,7 @@ from silkie_jax.corpus import Record
 from silkie_jax.preference.batches import collate, decode_images, make_shape, round_up
 from silkie_jax.preference.plan import row_sizes
 from silkie_jax.preference.rows import Row, RowTooLong, make_row
+from silkie_jax.qwen_vl.attention import PLAIN, Kernel
 from silkie_jax.qwen_vl.model import QwenVL
 from silkie_jax.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.training.data import local_sequences
@@ -43,6 +44,7 @@ class Scorer:
         max_length: int,
         max_prompt_length: int | None = None,
         workers: int = 2,
+        kernel: Kernel = PLAIN,
     ):
         self.config, self.tokenizer, self.mesh, self.workers = model.config, tokenizer, mesh, workers
         self.rows = round_up(batch_rows, batch_shards(mesh))
@@ -54,8 +56,8 @@ class Scorer:
             policy = nnx.merge(graph, state)
             rows = jax.tree.map(lambda x: x[0], batch)
             wrap = block_wrapper("none", mesh)
-            features = policy.encode_images(rows["images"], wrap) if "images" in rows else None
-            return response_logps(policy, rows, features, branches=branches, adapter=True, wrap=wrap)
+            features = policy.encode_images(rows["images"], wrap, kernel) if "images" in rows else None
+            return response_logps(policy, rows, features, branches=branches, adapter=True, wrap=wrap, kernel=kernel)
 
         self._forward = forward
 

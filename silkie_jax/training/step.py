@@ -15,8 +15,11 @@ from jaxtyping import Array, Float, Int
 
 from silkie_jax.preference.logprobs import branch_sums, token_logprobs
 from silkie_jax.preference.losses import LOSSES, LossOptions, Pairs
+from silkie_jax.qwen_vl.attention import PLAIN, Kernel
+from silkie_jax.qwen_vl.flash import FLASH
+from silkie_jax.qwen_vl.lora import LINEAR
 from silkie_jax.qwen_vl.model import QwenVL
-from silkie_jax.training.mesh import batch_sharding
+from silkie_jax.training.mesh import batch_sharding, sharding_of
 
 Arrays = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
@@ -57,13 +60,24 @@ def response_logps(
     branches: int,
     adapter: bool,
     wrap: Callable,
+    kernel: Kernel = PLAIN,
     frozen_head: bool = False,
 ) -> Float[Array, "B K"]:
     """Summed log-probability of each branch's labels, in training mode."""
     hidden = model.hidden(
-        batch["tokens"], batch["positions"], batch["branches"], features, train=True, adapter=adapter, wrap=wrap
+        batch["tokens"],
+        batch["positions"],
+        batch["branches"],
+        features,
+        train=True,
+        adapter=adapter,
+        wrap=wrap,
+        kernel=kernel,
     )
     head = model.language.lm_head.weight[...]
+    if frozen_head and kernel.mesh is not None:  # gathered once, and not again for every chunk
+        where = sharding_of(kernel.mesh, ("vocab", None), head.shape)
+        head = jax.lax.with_sharding_constraint(head, where)
     logps = token_logprobs(hidden, batch["predecessors"], batch["labels"], head, frozen_head=frozen_head)
     return branch_sums(logps, batch["label_branches"], branches)
 
@@ -72,7 +86,7 @@ def block_wrapper(remat: str, mesh: Mesh | None) -> Callable:
     """What goes around each layer: rematerialisation, and rows kept over the batch axes of the mesh."""
     keep = {
         "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "dots": jax.checkpoint_policies.save_only_these_names(LINEAR, FLASH),
     }.get(remat)
 
     def wrap(body: Callable) -> Callable:
@@ -97,12 +111,13 @@ class Step:
         optimizer: optax.GradientTransformation,
         *,
         mesh: Mesh | None = None,
+        kernel: Kernel = PLAIN,
         vision_trained: bool = False,
         head_trained: bool = False,
         shardings: tuple[Any, Any] | None = None,
     ):
         self.graph, self.objective, self.optimizer, self.mesh = graph, objective, optimizer, mesh
-        self.vision_trained, self.head_trained = vision_trained, head_trained
+        self.kernel, self.vision_trained, self.head_trained = kernel, vision_trained, head_trained
         # The new state lies where the old one lay: its memory is reused and the next step compiles to the same program.
         out = None if shardings is None else (*shardings, None)
         self.train = jax.jit(self._train, static_argnames="branches", donate_argnums=(0, 1), out_shardings=out)
@@ -176,10 +191,12 @@ class Step:
         The images are encoded once; the reference sees the same features unless the tower itself is trained.
         """
         wrap = block_wrapper(self.objective.remat, self.mesh)
-        logps_of = partial(response_logps, branches=branches, wrap=wrap, frozen_head=not self.head_trained)
+        logps_of = partial(
+            response_logps, branches=branches, wrap=wrap, kernel=self.kernel, frozen_head=not self.head_trained
+        )
         policy: QwenVL = nnx.merge(self.graph, trainable, frozen)
         images = rows.get("images")
-        features = None if images is None else policy.encode_images(images, wrap)
+        features = None if images is None else policy.encode_images(images, wrap, self.kernel)
         logps = logps_of(policy, rows, features, adapter=True)
         if self.objective.reference is None:
             loss = -logps.sum() / total  # cross-entropy, the mean over labelled tokens
@@ -193,7 +210,7 @@ class Step:
             case _:
                 base = nnx.merge(self.graph, reference, frozen)
                 if self.vision_trained and images is not None:
-                    features = base.encode_images(images, wrap)
+                    features = base.encode_images(images, wrap, self.kernel)
                 base_logps = logps_of(base, rows, features, adapter=True)
         base_logps = jax.lax.stop_gradient(base_logps)
         tokens = branch_sums(jnp.ones(rows["labels"].shape), rows["label_branches"], branches)

@@ -25,6 +25,7 @@ from silkie_jax.qwen_vl.names import leaves
 from silkie_jax.qwen_vl.peft import open_adapter
 from silkie_jax.qwen_vl.weights import load_model
 from silkie_jax.training.config import LoraConfig, TrainConfig
+from silkie_jax.training.kernel import attention_kernel
 from silkie_jax.training.mesh import batch_sharding, replicated, sharding_of
 from silkie_jax.training.step import (
     Objective,
@@ -88,6 +89,7 @@ class Program:
             Objective(config.loss, config.loss_options, config.reference, config.remat),
             self.optimizer,
             mesh=mesh,
+            kernel=attention_kernel(config.attention, config.dtype, mesh),
             vision_trained=config.train_vision != "none",
             head_trained=config.lora is None,
             shardings=(where, self._optimizer_where),

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from silkie_jax.errors import UserError
-from silkie_jax.qwen_vl.attention import branch_mask
+from silkie_jax.qwen_vl.attention import PLAIN
 from silkie_jax.qwen_vl.config import QWEN_VL_CHAT, QwenVLConfig
 from silkie_jax.qwen_vl.generate import _generate
 from silkie_jax.qwen_vl.language import rotation
@@ -63,7 +63,7 @@ def test_golden_hidden_states(reference_data, golden_model):
         embedded = model.embed(tokens, features)
         first = layer(model.language.layers, 0)
         r = rotation(model.config, positions, 1.0, train=False)
-        after_first = first(embedded, r, branch_mask(branches))
+        after_first = first(embedded, r, PLAIN.among(branches))
         return embedded, after_first, model.hidden(tokens, positions, branches, features, train=False)
 
     names = ("hidden_0", "hidden_1", "hidden_final_after_ln_f")

@@ -21,7 +21,7 @@ from silkie_jax.preference.batches import Batch, Shape, collate, decode_images, 
 from silkie_jax.preference.plan import row_sizes
 from silkie_jax.preference.rows import Row, make_row
 from silkie_jax.preference.work import Work
-from silkie_jax.qwen_vl.attention import PADDING
+from silkie_jax.qwen_vl.attention import PADDING, PLAIN, Kernel
 from silkie_jax.qwen_vl.model import QwenVL
 from silkie_jax.training.step import Objective, Step, trainable_filter
 from silkie_jax.training.trainer import put
@@ -148,13 +148,20 @@ class Steps:
         train_vision: str = "all",
         reference: QwenVL | None = None,
         mesh=None,
+        kernel: Kernel = PLAIN,
     ):
         chosen = trainable_filter(lora=lora, train_vision=train_vision)
         graph, self.trainable, self.frozen = nnx.split(model, chosen, ...)
         self.reference = nnx.split(reference, chosen, ...)[1] if reference else None
         self.mesh = mesh
         self.step = Step(
-            graph, objective, keep_gradients(), mesh=mesh, vision_trained=train_vision != "none", head_trained=not lora
+            graph,
+            objective,
+            keep_gradients(),
+            mesh=mesh,
+            kernel=kernel,
+            vision_trained=train_vision != "none",
+            head_trained=not lora,
         )
 
     def __call__(self, arrays: dict[str, np.ndarray]) -> tuple[dict[str, float], dict[str, np.ndarray]]:

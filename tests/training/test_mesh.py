@@ -1,5 +1,6 @@
 """Eight devices against one, for every shape of the mesh."""
 
+import dataclasses
 import itertools
 import math
 from functools import partial
@@ -13,10 +14,12 @@ from jax.sharding import PartitionSpec
 
 from silkie_jax.errors import UserError
 from silkie_jax.preference.losses import LossOptions
+from silkie_jax.qwen_vl.attention import PLAIN
 from silkie_jax.qwen_vl.lora import add_lora, linears
 from silkie_jax.qwen_vl.peft import save_adapter
 from silkie_jax.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.qwen_vl.weights import load_model
+from silkie_jax.training.kernel import attention_kernel
 from silkie_jax.training.mesh import batch_sharding, batch_shards, make_mesh, sharding_of
 from silkie_jax.training.step import Objective
 from tests.training.support import Steps, assert_same_arrays, make_tiny, record, record_row, rows_arrays
@@ -50,13 +53,13 @@ def rows(folder):
     return rows_arrays(tokenizer, [*(record_row(tokenizer, r) for r in made), None, None, None])
 
 
-def outcome(folder, adapter, rows, mesh=None):
+def outcome(folder, adapter, rows, mesh=None, kernel=PLAIN, objective=OBJECTIVE):
     """Metrics and the gradient of every weight, those of the adapter included."""
     where = None if mesh is None else partial(sharding_of, mesh)
     policy = load_model(folder, adapter=adapter, sharding_of=where)
     reference = load_model(folder, adapter=adapter, sharding_of=where)
     reference.language.lm_head.weight[...] *= 1.01
-    return Steps(policy, OBJECTIVE, reference=reference, mesh=mesh)(rows)
+    return Steps(policy, objective, reference=reference, mesh=mesh, kernel=kernel)(rows)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,20 @@ def test_every_mesh_gives_the_loss_and_the_gradients_of_one_device(folder, adapt
     assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-6)  # margins are small differences
     assert any("lora_a" in name for name in gradients)
     assert any(name.startswith("visual.") for name in gradients)
+    assert_same_arrays(gradients, expected_gradients, 1e-5)
+
+
+@pytest.mark.slow
+def test_the_one_pass_kernel_on_a_mesh_gives_the_loss_and_the_gradients_of_one_device(
+    folder, adapter, rows, one_device
+):
+    """With `dots`, which keeps what the kernel's gradient needs."""
+    mesh = make_mesh(2, 2, 2)
+    objective = dataclasses.replace(OBJECTIVE, remat="dots")
+    kernel = attention_kernel("flash", "float32", mesh)
+    metrics, gradients = outcome(folder, adapter, rows, mesh, kernel, objective)
+    expected, expected_gradients = one_device
+    assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert_same_arrays(gradients, expected_gradients, 1e-5)
 
 
