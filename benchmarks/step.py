@@ -1,7 +1,7 @@
 """The real training step in variants, each against the first one, and against a PyTorch peer.
 
     python -m benchmarks.step [--size scaled] [--remat full dots none] [--batch-rows 4] [--reference precomputed]
-        [--also KEY=VALUE,...] [--set KEY=VALUE ...] [--peer [trl tricks ...]] [--steps 5] [--turns 3] [--out results]
+        [--attention auto] [--also KEY=VALUE,...] [--set KEY=VALUE ...] [--peer [trl tricks ...]] [--out results]
 
 The step is that of `silkie train configs/silkie.yaml` (training/trainer.py) with random weights, made on the device;
 its input lies there before the clock starts. `--size full` is Qwen-VL-Chat, 9.66 billion parameters with LoRA of rank
@@ -14,7 +14,6 @@ prints `ours : peer`.
 """
 
 import argparse
-import dataclasses
 import itertools
 import sys
 import time
@@ -31,30 +30,30 @@ from silkie_jax.errors import UserError
 from silkie_jax.training.config import TrainConfig, load_config
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "silkie.yaml"
-# Keys of the training configuration that can be varied, with the first variant's values. One more is one line more.
+# Keys of the training configuration that can be varied, with their values by default. One more is one line more.
 VARIED: dict[str, list[str]] = {
     "batch_rows": ["4"],
     "accumulate": ["1"],
     "remat": ["full", "dots", "none"],
     "reference": ["precomputed"],
-    "attention": [],
+    "attention": ["auto"],
 }
-KEYS = [key for key in VARIED if key in {field.name for field in dataclasses.fields(TrainConfig)}]
+KEYS = list(VARIED)
 
 
 def make_variants(args: argparse.Namespace, size: str) -> list[turns.Variant]:
     """Every combination of the values given, then those of `--also`; what all have in common is not in the names."""
-    given = {key: getattr(args, key) for key in KEYS if getattr(args, key)}
+    given = {key: getattr(args, key) for key in KEYS}
     combinations = [dict(zip(given, values, strict=True)) for values in itertools.product(*given.values())]
     for more in args.also:
         changes = dict(part.partition("=")[::2] for part in more.split(","))
         if not changes.keys() <= set(KEYS):
             raise UserError(f"--also {more}: write KEY=VALUE,KEY=VALUE with keys of {', '.join(KEYS)}")
         combinations.append(combinations[0] | changes)
-    several = [key for key in KEYS if len({chosen.get(key) for chosen in combinations}) > 1]
+    several = [key for key in KEYS if len({chosen[key] for chosen in combinations}) > 1]
     out = []
     for chosen in combinations:
-        name = ", ".join(f"{key} {chosen[key]}" for key in several if key in chosen) or "ours"
+        name = ", ".join(f"{key} {chosen[key]}" for key in several) or "ours"
         overrides = [f"{key}={value}" for key, value in chosen.items()] + args.set
         options = {"size": size, "overrides": overrides, "tokens": args.tokens}
         out.append(turns.Variant(name, "benchmarks.step", options | {"steps": args.steps, "warmup": args.warmup}))
