@@ -1,6 +1,6 @@
 """One row of four branches against pairs and against separate sequences: tokens, time, memory, and the same gradients.
 
-    python -m benchmarks.layout [--size scaled] [--instructions 4] [--turns 3] [--out results]
+    python -m benchmarks.layout [--size scaled|wide] [--instructions 4] [--turns 3] [--out results]
 
 At the paper's lengths (a prompt of 330 tokens with an image, four responses of 150, 4.75 pairs an instruction) the same
 loss is computed three ways in one run: rows of one prompt and four branches; one row a pair; two sequences a pair with
@@ -164,7 +164,7 @@ def main() -> None:
             f"{row['temporaries'] / 2**20:.0f} | "
             f"{row['temporaries'] / ours['temporaries']:.2f} | {row['loss']:.6f} | {apart:.1e} |"
         )
-    keep("layout", "\n".join(lines), args.out)
+    keep(f"layout-{args.size}", "\n".join(lines), args.out)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ def test_models_are_sound(name):
     assert lora_rank(QWEN_VL_CHAT) == 64
 
 
-def test_the_scaled_model_has_the_full_ones_shares_of_work():
+@pytest.mark.parametrize("name", ["scaled", "wide"])
+def test_small_models_have_the_full_ones_shares_of_work(name):
     def shares(config):
         work = work_of([make_instructions(SCALED, 1)[0].row([0, 1, 2, 3])])
         parts = np.array(
@@ -51,4 +52,4 @@ def test_the_scaled_model_has_the_full_ones_shares_of_work():
         )
         return parts / parts.sum()
 
-    np.testing.assert_allclose(shares(SCALED), shares(QWEN_VL_CHAT), atol=0.03)
+    np.testing.assert_allclose(shares(MODELS[name]), shares(QWEN_VL_CHAT), atol=0.03)
