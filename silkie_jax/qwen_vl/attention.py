@@ -14,7 +14,9 @@ from silkie_jax.qwen_vl.lora import precision
 
 PADDING = -1  # the branch of a padding token
 PROMPT = 0  # the branch of the prompt; responses are 1..63
-ROW = 64  # rows that are packed one after the other in one sequence add 0, 64, 128, ... to their branches
+ROW = (
+    64  # a power of two: rows that are packed one after the other in one sequence add 0, 64, 128, ... to their branches
+)
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """From queries, keys and values [B, T, H, D] to what the queries get."""
@@ -43,7 +45,7 @@ def branch_mask(branches: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
 
 def _visible(query: Int[Array, "..."], key: Int[Array, "..."]) -> Bool[Array, "..."]:
     """The rule of `branch_mask` without the order of the tokens."""
-    return (key != PADDING) & ((key == query) | (key == query - query % ROW))
+    return (key != PADDING) & ((key == query) | (key == query & -ROW))  # the row's prompt: without the last bits
 
 
 def attention(
@@ -96,9 +98,10 @@ class Kernel:
         def local(q: jax.Array, k: jax.Array, v: jax.Array, branches: jax.Array | None) -> jax.Array:
             return flash_attention(q, k, v, branches, visible, platform=self.platform)
 
-        if self.mesh is None or self.mesh.size == 1:
+        if self.mesh is None:
             return local(q, k, v, branches)
-        # XLA cannot see into the kernel and would gather everything for it: each device attends for its own part.
+        # XLA cannot see into the kernel and would gather everything for it: each device attends for its own part. A
+        # mesh of one device still tells Pallas what that device is, where it is not there.
         heads = self.heads if self.heads and q.shape[2] % self.mesh.shape[self.heads] == 0 else None
         part, ids = PartitionSpec(self.batch, None, heads), PartitionSpec(self.batch)
         specs = (part, part, part, None if branches is None else ids)

@@ -40,11 +40,13 @@ class Form(NamedTuple):
 
     def key_blocks(self, i: jax.Array, count: int) -> Any:
         """How many of `count` blocks of keys the queries of block i see something of."""
-        return count if self.visible is None else ((i + 1) * self.queries + self.keys - 1) // self.keys
+        if self.visible is None:
+            return count
+        return jax.lax.div((i + 1) * self.queries + (self.keys - 1), jnp.int32(self.keys))
 
     def first_query_block(self, j: jax.Array) -> Any:
         """The first block of queries that sees something of block j of keys."""
-        return 0 if self.visible is None else j * self.keys // self.queries
+        return 0 if self.visible is None else jax.lax.div(j * self.keys, jnp.int32(self.queries))
 
 
 def flash_attention(

@@ -272,13 +272,15 @@ _FREE = re.compile(
 )
 
 
-def check_same_run(config: TrainConfig, path: Path) -> None:
-    """Refuses to continue a run under another configuration, naming what differs."""
-    before, now = (_flat(dataclasses.asdict(c)) for c in (make_config(OmegaConf.load(path), str(path)), config))
+def check_same_run(config: TrainConfig, path: Path) -> TrainConfig:
+    """The configuration that a run began with; refuses to continue it under another one, naming what differs."""
+    began = make_config(OmegaConf.load(path), str(path))
+    before, now = (_flat(dataclasses.asdict(c)) for c in (began, config))
     different = [k for k in now if before.get(k) != now[k] and not _FREE.match(k)]
     if different:
         changes = ", ".join(f"{k} was {before.get(k)!r} and is {now[k]!r}" for k in different)
         raise UserError(f"{path.parent} holds another run: {changes}; use a new run_dir or the old values")
+    return began
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

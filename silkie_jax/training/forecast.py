@@ -74,12 +74,15 @@ class Forecast:
         """The report."""
         gib = 2**30
         used = f"{self.peak_bytes / gib:.2f} GiB a chip at the peak"
-        room = "" if self.memory_bytes is None else f" of {self.memory_bytes / gib:.0f} GiB ({self.chip})"
+        room = verdict = ""
+        if self.memory_bytes is not None:
+            room = f" of {self.memory_bytes / gib:.0f} GiB ({self.chip})"
+            verdict = " -> fits" if self.fits else " -> DOES NOT FIT: fewer batch_rows, or remat=full"
         chips = f"{self.chips} chip{'s' * (self.chips > 1)}"
         out = [
             f"{self.topology}: {chips}, {self.rows} rows a step, compiled in {self.compile_seconds:.0f} s",
             f"memory: {used}{room}: arguments {self.argument_bytes / gib:.2f}, temporaries "
-            f"{self.temporary_bytes / gib:.2f} GiB -> {'fits' if self.fits else 'DOES NOT FIT'}",
+            f"{self.temporary_bytes / gib:.2f} GiB{verdict}",
             f"work: {self.flops / 1e15:.2f} PFLOP a step, rematerialisation included, by formula",
         ]
         sent = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in sorted(self.collectives.items()))

@@ -39,10 +39,10 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
     check_wandb(config.wandb)
     config = with_adapter_form(config)
     run, main = Path(config.run_dir), jax.process_index() == 0
-    if (run / "config.yaml").exists():
-        check_same_run(config, run / "config.yaml")
+    began = check_same_run(config, run / "config.yaml") if (run / "config.yaml").exists() else None
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    kernel = sound_kernel(config.attention, config.dtype, mesh, print if main else lambda line: None)
+    say = print if main else lambda line: None
+    kernel = sound_kernel(config.attention, config.dtype, mesh, began.attention if began else None, say)
     config = dataclasses.replace(config, attention=kernel.name)
     corpus, tokenizer = CorpusReader(config.corpus), Tokenizer.from_folder(config.model)
     data = open_data(config, mesh, corpus, tokenizer)  # what is wrong with it is said before gigabytes are read

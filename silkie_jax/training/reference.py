@@ -42,7 +42,7 @@ def compute_reference(config: TrainConfig) -> Path:
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
         workers=config.workers,
-        kernel=sound_kernel(config.attention, config.dtype, mesh, print if main else lambda line: None),
+        kernel=sound_kernel(config.attention, config.dtype, mesh, say=print if main else lambda line: None),
     )
     missing = store.missing()
     if jax.process_count() > 1:  # all hosts must take the same parts, whatever each sees of a shared disk

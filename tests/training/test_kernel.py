@@ -1,14 +1,11 @@
 """The choice of an attention kernel, and that a training step gives the same with each."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from silkie_jax.errors import UserError
-from silkie_jax.qwen_vl import attention
 from silkie_jax.qwen_vl.attention import Kernel
 from silkie_jax.training import kernel as module
 from silkie_jax.training.kernel import attention_kernel, sound_kernel
@@ -25,34 +22,58 @@ def test_cudnn_is_refused_elsewhere():
 
 
 @pytest.fixture
-def claimed(monkeypatch):
-    """A machine that claims to be a GPU; its kernel is what a test says it is."""
+def gpu(monkeypatch):
+    """A machine that claims to be a GPU: a dictionary from a kernel's name to what it makes of the plain outcome."""
+    outcomes: dict[str, object] = {}
+    real = Kernel.among
 
-    def claim(outcome):
-        chosen = Kernel("flash", "gpu")
-        monkeypatch.setattr(module, "attention_kernel", lambda name, dtype, mesh: chosen)
-        monkeypatch.setattr(attention.Kernel, "_flash", outcome)
+    def among(self, branches):
+        if self.name not in outcomes:
+            return real(Kernel(), branches)
+        return lambda q, k, v: outcomes[self.name](real(Kernel(), branches)(q, k, v))
 
-    return claim
+    monkeypatch.setattr(module, "_platform", lambda mesh: "gpu")
+    monkeypatch.setattr(Kernel, "among", among)
+    return outcomes
 
 
-def test_a_kernel_that_agrees_is_taken(claimed):
-    claimed(lambda self, q, k, v, branches: Kernel().among(branches)(q, k, v))
+def fails(out):
+    raise RuntimeError("no such instruction\nand more")
+
+
+def test_auto_takes_the_fastest_of_the_sound_ones(gpu, monkeypatch, capsys):
+    times = {"flash": 2.0, "cudnn": 1.0}
+    clock = iter(np.cumsum([0, *(x for n in ("flash", "cudnn") for _ in range(6) for x in (times[n], 0.0))]).tolist())
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(module, "_outcome", small(module._outcome))
+    assert sound_kernel("auto", "bfloat16", None).name == "cudnn"
+    assert capsys.readouterr().out == "attention: cudnn (flash 2000.00 ms, cudnn 1000.00 ms a layer of four rows)\n"
+
+
+def small(outcome):
+    return lambda kernel, rows, length, heads, dtype: outcome(kernel, 1, 64, 1, dtype)
+
+
+def test_a_run_goes_on_with_the_kernel_that_it_began_with(gpu):
+    assert sound_kernel("auto", "bfloat16", None, before="cudnn").name == "cudnn"
+    assert sound_kernel("auto", "bfloat16", None, before="plain").name == "plain"
+    assert sound_kernel("flash", "bfloat16", None, before="cudnn").name == "flash"
+
+
+def test_float32_has_no_cudnn(gpu):
     assert sound_kernel("auto", "float32", None).name == "flash"
 
 
-def test_a_kernel_that_fails_or_disagrees_costs_speed_and_not_the_run(claimed, capsys):
-    def fails(self, q, k, v, branches):
-        raise RuntimeError("no such instruction\nand more")
-
-    claimed(fails)
+def test_a_kernel_that_fails_or_disagrees_costs_speed_and_not_the_run(gpu, capsys):
+    gpu["flash"] = fails
     assert sound_kernel("auto", "float32", None).name == "plain"
-    said = "attention: plain, as flash is not sound on this machine: RuntimeError: no such instruction\n"
+    said = "attention: flash is not sound on this machine and is left out: RuntimeError: no such instruction\n"
     assert capsys.readouterr().out == said
-
-    claimed(lambda self, q, k, v, branches: 1.01 * Kernel().among(branches)(q, k, v))
+    gpu["flash"] = lambda out: 1.01 * out
     assert sound_kernel("auto", "float32", None).name == "plain"
     assert "apart from the plain ones" in capsys.readouterr().out
+    gpu["flash"] = lambda out: 1.1 * out
+    assert sound_kernel("auto", "bfloat16", None, before="flash").name == "plain"
     with pytest.raises(UserError, match=r"attention: flash is not sound on this machine: .* use attention=plain"):
         sound_kernel("flash", "float32", None)
 
@@ -60,7 +81,7 @@ def test_a_kernel_that_fails_or_disagrees_costs_speed_and_not_the_run(claimed, c
 def test_heads_and_rows_are_split_over_a_mesh():
     """Eight pretended devices: the kernel runs on each device's own rows and heads, and nothing is gathered for it."""
     mesh = make_mesh(2, 2, 2)
-    split = dataclasses.replace(attention_kernel("flash", "float32", mesh))
+    split = attention_kernel("flash", "float32", mesh)
     branches = jnp.asarray([[0] * 20 + [1] * 12 + [2] * 8] * 4)
     random = np.random.default_rng(0)
     q, k, v = (jnp.asarray(random.standard_normal((4, 40, 4, 16)), jnp.float32) for _ in range(3))
