@@ -15,8 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Of the step: configs/silkie-1x80gb.yaml's batch, the peers, silkie-1xh200.yaml's, and then one change at a time.
 STEP = ["--remat", "dots", "--batch-rows", "8", "--steps", "6", "--peer-pairs", "8", "--peer", "trl", "tricks"]
-STEP += ["tricks-compiled", "--also", "batch_rows=16", "attention=plain", "attention=cudnn", "remat=full"]
-STEP += ["reference=adapter_off", "remat=full,batch_rows=16", "remat=none,batch_rows=4"]
+STEP += ["tricks-compiled", "--also", "batch_rows=16", "attention=plain", "attention=cudnn", "attention=flash"]
+STEP += ["remat=full", "reference=adapter_off", "remat=full,batch_rows=16", "remat=none,batch_rows=4"]
 # Script, its options, and the most that it may take of the minutes.
 PARTS: dict[str, tuple[str, list[str], float]] = {
     "logprobs": ("benchmarks.logprobs", ["--rows", "4", "--labels", "592", "1184"], 3),

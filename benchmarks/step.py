@@ -14,6 +14,7 @@ prints `ours : peer`.
 """
 
 import argparse
+import dataclasses
 import itertools
 import sys
 import time
@@ -126,6 +127,7 @@ def measure(options: dict[str, Any]) -> turns.Measured:
 
     from silkie_jax.training.chips import find_chip
     from silkie_jax.training.flops import step_flops, training_of
+    from silkie_jax.training.kernel import sound_kernel
     from silkie_jax.training.mesh import batch_shards, make_mesh
     from silkie_jax.training.trainer import Program, put
 
@@ -138,6 +140,10 @@ def measure(options: dict[str, Any]) -> turns.Measured:
     mesh = make_mesh(train.mesh.data, train.mesh.fsdp, train.mesh.tensor)
     if train.batch_rows % batch_shards(mesh):
         raise UserError(f"batch_rows {train.batch_rows} must be a multiple of the {batch_shards(mesh)} devices")
+    # As `silkie train` does: `auto` is measured, and a kernel that is not sound here is refused.
+    kernel = sound_kernel(train.attention, train.dtype, mesh, say=lambda line: print(line, file=sys.stderr)).name
+    note = f"{kernel} attention" if train.attention == "auto" else ""
+    train = dataclasses.replace(train, attention=kernel)
     program = Program(train, config, mesh, steps=1000)
     arrays, shape, work = make_batch(config, train, options["tokens"])
     began = time.perf_counter()
@@ -167,6 +173,7 @@ def measure(options: dict[str, Any]) -> turns.Measured:
         loss=(losses[0], losses[-1]),
         compile_seconds=compile_seconds,
         compiled=needed,
+        note=note,
         matmul=matmul_speed(config.hidden_size, train.dtype),
     )
 

@@ -19,9 +19,9 @@ PAIRS_EACH = 4.75
 BETA = 0.1
 LABELLED = np.array([offset not in (1, 2) for offset in range(RESPONSE)])  # `assistant\n` is not (rows.py)
 
-# scaled: three sixteenths of the width, and as many layers, patches and words as leave the shares of vision tower, decoder and
-# vocabulary in the work of a row what they are at full size. Heads are as wide as there. Attention, whose share falls
-# with the width, has five times its share.
+# Three sixteenths of the full width, and as many layers, patches and words as leave the shares of vision tower, decoder
+# and vocabulary in the work of a row what they are at full size. Heads are as wide as there. Attention, whose share
+# falls with the width, has five times its share.
 SCALED = QwenVLConfig(
     vocab_size=1792,
     hidden_size=768,
