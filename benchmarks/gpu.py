@@ -1,6 +1,6 @@
-"""Everything that a single GPU must show at full size, in one call: log-probabilities, the step, the PyTorch peer.
+"""What a single GPU must show at full size, in one call: log-probabilities, attention, the step, the PyTorch peer.
 
-    python -m benchmarks.gpu [--minutes 25] [--parts logprobs step] [--out results]
+    python -m benchmarks.gpu [--minutes 25] [--parts logprobs attention step] [--out results]
 
 Each part is a script in a process of its own that keeps its own result: one that fails, or runs out of memory or time,
 is named at the end and the others go on. Random weights; needs neither a checkpoint nor a network.
@@ -20,6 +20,7 @@ STEP += ["remat=full", "reference=adapter_off", "remat=full,batch_rows=16", "rem
 # Script, its options, and the most that it may take of the minutes.
 PARTS: dict[str, tuple[str, list[str], float]] = {
     "logprobs": ("benchmarks.logprobs", ["--rows", "4", "--labels", "592", "1184"], 3),
+    "attention": ("benchmarks.attention", [], 4),
     "step": ("benchmarks.step", STEP, 60),
 }
 
@@ -40,8 +41,10 @@ def main() -> None:
             failed.append(f"{name}: not begun, out of time")
             continue
         out = args.out if args.out == "results" else str(Path(args.out).resolve() / f"{name}.md")
-        command = [sys.executable, "-m", module, "--size", args.size, *options, "--out", out]
-        if module == "benchmarks.step":
+        command = [sys.executable, "-m", module, *options, "--out", out]
+        if name != "attention":  # which has one size
+            command += ["--size", args.size]
+        if name == "step":
             command += ["--minutes", f"{left:.2f}"]
         print(f"== {' '.join(command[1:])}", flush=True)
         try:
