@@ -1,14 +1,14 @@
 """One row of four branches against pairs and against separate sequences: tokens, time, memory, and the same gradients.
 
-    python -m benchmarks.layout [--instructions 4] [--steps 3] [--out results]
+    python -m benchmarks.layout [--size scaled|wide] [--instructions 4] [--turns 3] [--out results]
 
 At the paper's lengths (a prompt of 330 tokens with an image, four responses of 150, 4.75 pairs an instruction) the same
-loss is computed three ways in one run, on a small model: rows of one prompt and four branches; one row a pair; two
-sequences a pair with the image encoded in each, as the original stack does.
+loss is computed three ways in one run: rows of one prompt and four branches; one row a pair; two sequences a pair with
+the image encoded in each, as the original stack does. The model is small, but vision tower, decoder and vocabulary have
+the shares of the work that they have at full size (workload.py): with other shares the ratio would be another one.
 """
 
 import argparse
-import itertools
 import statistics
 import time
 from functools import partial
@@ -19,98 +19,62 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.common import keep
+from benchmarks.workload import (
+    BETA,
+    LORA_ALPHA,
+    MODELS,
+    PROMPT,
+    RESPONSE,
+    RESPONSES,
+    Instruction,
+    lora_rank,
+    make_instructions,
+    work_of,
+)
 from silkie_jax.preference.logprobs import branch_sums, token_logprobs
-from silkie_jax.qwen_vl.config import IMAGE_TOKENS, QwenVLConfig, VisionConfig
+from silkie_jax.preference.work import Work
+from silkie_jax.qwen_vl.config import QWEN_VL_CHAT, QwenVLConfig
 from silkie_jax.qwen_vl.lora import add_lora
 from silkie_jax.qwen_vl.model import QwenVL
+from silkie_jax.training.flops import Training, step_flops
 from silkie_jax.training.step import block_wrapper, trainable_filter
 
-PROMPT, RESPONSE, RESPONSES = 330, 150, 4
-BETA = 0.1
+ARRAYS = ("tokens", "positions", "branches", "predecessors", "labels", "label_branches")
+TARGETS = ("c_attn", "attn.c_proj", "w1", "w2")
 
 
-def small_model() -> QwenVL:
-    """Qwen-VL's shape in small: the decoder outweighs the vision tower as in the full model."""
-    vision = VisionConfig(
-        image_size=112,
-        patch_size=14,
-        width=64,
-        layers=2,
-        heads=4,
-        mlp_ratio=4.9231,
-        output_dim=256,
-        image_start_id=7000,
-    )
-    config = QwenVLConfig(
-        vocab_size=8192,
-        hidden_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        kv_channels=64,
-        intermediate_size=1376,
-        seq_length=2048,
-        layer_norm_epsilon=1e-6,
-        rotary_emb_base=10000,
-        use_dynamic_ntk=True,
-        use_logn_attn=True,
-        visual=vision,
-    )
+def make_model(size: str) -> QwenVL:
+    """A random model with a random adapter: B is zero at a start, here it moves."""
+    config = MODELS[size]
     model = QwenVL(config, rngs=nnx.Rngs(0))
-    add_lora(model, 16, 16, ["c_attn", "attn.c_proj", "w1", "w2"], rngs=nnx.Rngs(1))
-    for _, value in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):  # B is zero at a start; here it moves
+    rank = lora_rank(config)
+    add_lora(model, rank, LORA_ALPHA * rank, TARGETS, rngs=nnx.Rngs(1))
+    for _, value in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
         value[...] = 0.02 * jax.random.normal(jax.random.key(value.size), value.shape)
     return model
 
 
-def sequence(config: QwenVLConfig, prompt: np.ndarray, responses: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """One row: a prompt and branches; all but two tokens of a response are labelled."""
-    out: dict[str, list] = {
-        k: [] for k in ("tokens", "positions", "branches", "predecessors", "labels", "label_branches")
-    }
-    out["tokens"] += prompt.tolist()
-    out["positions"] += range(len(prompt))
-    out["branches"] += [0] * len(prompt)
-    for branch, response in enumerate(responses, start=1):
-        for offset, token in enumerate(response.tolist()):
-            if offset not in (1, 2):
-                out["predecessors"].append(len(out["tokens"]) - 1 if offset else len(prompt) - 1)
-                out["labels"].append(token)
-                out["label_branches"].append(branch)
-            out["tokens"].append(token)
-            out["positions"].append(len(prompt) + offset)
-            out["branches"].append(branch)
-    return {name: np.array(values, np.int32) for name, values in out.items()}
+def layouts(config: QwenVLConfig, instructions: int) -> dict[str, tuple[dict[str, np.ndarray], np.ndarray, Work]]:
+    """Arrays [B, ...] with images, pairs as places in the flattened [B, K], and the work of it, for each layout."""
+    made = make_instructions(config, instructions)
 
+    def join(some: list[tuple[Instruction, list[int]]]) -> tuple[dict[str, np.ndarray], Work]:
+        rows = [instruction.row(branches) for instruction, branches in some]
+        arrays = {name: np.stack([getattr(row, name) for row in rows]) for name in ARRAYS}
+        return arrays | {"images": np.stack([instruction.image for instruction, _ in some])[:, None]}, work_of(rows)
 
-def layouts(config: QwenVLConfig, instructions: int) -> dict[str, tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Arrays [B, ...] with images, and pairs as places in the flattened [B, K], for each layout."""
-    random = np.random.default_rng(0)
-    prompts, answers, images, chosen = [], [], [], []
-    possible = list(itertools.combinations(range(RESPONSES), 2))
-    for n in range(instructions):
-        text = random.integers(0, 6000, PROMPT - IMAGE_TOKENS - 2)
-        span = [config.image_start, *[config.image_start + 2] * IMAGE_TOKENS, config.image_end]
-        prompts.append(np.concatenate([text[:8], span, text[8:]]))
-        answers.append([random.integers(0, 6000, RESPONSE) for _ in range(RESPONSES)])
-        images.append(random.integers(0, 256, (config.visual.image_size, config.visual.image_size, 3), np.uint8))
-        chosen.append(possible[: 4 if n % 4 == 3 else 5])  # 4.75 pairs an instruction over four
-
-    def join(rows: list[tuple[int, list[int]]]) -> dict[str, np.ndarray]:
-        made = [sequence(config, prompts[n], [answers[n][k] for k in some]) for n, some in rows]
-        arrays = {name: np.stack([row[name] for row in made]) for name in made[0]}
-        return arrays | {"images": np.stack([images[n] for n, _ in rows])[:, None]}
-
-    every = [(n, pair) for n, some in enumerate(chosen) for pair in some]
+    every = [(instruction, pair) for instruction in made for pair in instruction.pairs]
+    in_rows = [[n * RESPONSES + k for k in pair] for n, instruction in enumerate(made) for pair in instruction.pairs]
+    in_turn = np.arange(2 * len(every)).reshape(-1, 2)
+    rows, pairs, separate = (
+        join([(instruction, list(range(RESPONSES))) for instruction in made]),
+        join([(instruction, list(pair)) for instruction, pair in every]),
+        join([(instruction, [k]) for instruction, pair in every for k in pair]),
+    )
     return {
-        "rows": (
-            join([(n, list(range(RESPONSES))) for n in range(instructions)]),
-            np.array([[n * RESPONSES + a, n * RESPONSES + b] for n, (a, b) in every]),
-        ),
-        "pairs": (join([(n, list(pair)) for n, pair in every]), np.arange(2 * len(every)).reshape(-1, 2)),
-        "separate": (
-            join([(n, [k]) for n, pair in every for k in pair]),
-            np.arange(2 * len(every)).reshape(-1, 2),
-        ),
+        "rows": (rows[0], np.array(in_rows), rows[1]),
+        "pairs": (pairs[0], in_turn, pairs[1]),
+        "separate": (separate[0], in_turn, separate[1]),
     }
 
 
@@ -140,50 +104,67 @@ def compile_loss(model: QwenVL, arrays: dict[str, np.ndarray], pairs: np.ndarray
     return compiled, partial(compiled, trainable, batch)
 
 
+def work_ratio(config: QwenVLConfig, work: Work, baseline: Work) -> float:
+    """Operations of a step on `work` over those on `baseline`, by formula, rematerialisation included."""
+    training = Training(lora_rank(config), TARGETS, live_reference=True)
+    return step_flops(config, work, training).hardware / step_flops(config, baseline, training).hardware
+
+
 def main() -> None:
     """Measures and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=MODELS, default="scaled")
     parser.add_argument("--instructions", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", help="a file, or `results` for benchmarks/results")
     args = parser.parse_args()
-    model = small_model()
-    runs, table = {}, {}
-    for name, (arrays, pairs) in layouts(model.config, args.instructions).items():
+    model = make_model(args.size)
+    made = layouts(model.config, args.instructions)
+    runs, table, first = {}, {}, {}
+    for name, (arrays, pairs, work) in made.items():
         compiled, run = compile_loss(model, arrays, pairs)
         value, gradient = jax.block_until_ready(run())
-        runs[name] = run
+        began = time.perf_counter()
+        jax.block_until_ready(run())
+        runs[name], first[name] = run, time.perf_counter() - began
         table[name] = {
-            "tokens": arrays["tokens"].size,
-            "images": len(arrays["images"]),
+            "work": work,
             "temporaries": compiled.memory_analysis().temp_size_in_bytes,
             "loss": float(value),
             "gradient": np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(gradient)]),
             "times": [],
+            "busy": [],
         }
-    for _ in range(args.steps):  # in turns, so that the machine's mood is the same for all
+    for _ in range(args.turns):  # in turns of about the same length, so that the machine's mood is the same for all
         for name, run in runs.items():
-            began = time.perf_counter()
-            jax.block_until_ready(run())
-            table[name]["times"].append(time.perf_counter() - began)
+            steps = max(1, round(max(first.values()) / first[name]))
+            began, busy = time.perf_counter(), time.process_time()
+            for _ in range(steps):
+                jax.block_until_ready(run())
+            table[name]["times"].append((time.perf_counter() - began) / steps)
+            table[name]["busy"].append((time.process_time() - busy) / steps)
     ours, norm = table["rows"], np.linalg.norm(table["rows"]["gradient"])
     lines = [
         f"{args.instructions} instructions: prompts of {PROMPT} tokens with an image, "
-        f"{RESPONSES} responses of {RESPONSE}, 4.75 pairs each",
+        f"{RESPONSES} responses of {RESPONSE}, 4.75 pairs each; model: {args.size}; median of {args.turns} turns. "
+        "Work: operations by formula, adapter-off reference and full rematerialisation.",
         "",
-        "| layout | tokens | x | images | s a step (median) | x | temporaries, MiB | x | loss | gradient differs by |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| layout | tokens | x | images | work here, x | work at full size, x | s a step | x | processor s a step | x "
+        "| temporaries, MiB | x | loss | gradient differs by |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    fast = statistics.median(ours["times"])
+    median = statistics.median
     for name, row in table.items():
-        seconds = statistics.median(row["times"])
+        (seconds, busy), work, base = (median(row[kind]) for kind in ("times", "busy")), row["work"], ours["work"]
         apart = np.linalg.norm(row["gradient"] - ours["gradient"]) / norm
         lines.append(
-            f"| {name} | {row['tokens']} | {row['tokens'] / ours['tokens']:.2f} | {row['images']} | {seconds:.2f} | "
-            f"{seconds / fast:.2f} | {row['temporaries'] / 2**20:.0f} | "
+            f"| {name} | {work.tokens} | {work.tokens / base.tokens:.2f} | {work.images} | "
+            f"{work_ratio(model.config, work, base):.2f} | {work_ratio(QWEN_VL_CHAT, work, base):.2f} | "
+            f"{seconds:.2f} | {seconds / median(ours['times']):.2f} | {busy:.2f} | {busy / median(ours['busy']):.2f} | "
+            f"{row['temporaries'] / 2**20:.0f} | "
             f"{row['temporaries'] / ours['temporaries']:.2f} | {row['loss']:.6f} | {apart:.1e} |"
         )
-    keep("layout", "\n".join(lines), args.out)
+    keep(f"layout-{args.size}", "\n".join(lines), args.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,70 @@
+"""Every benchmark runs, at its smallest.
+
+Those of convert.py and peer_torch.py are in tests/qwen_vl/test_convert.py and test_peer_torch.py; pods.py needs the TPU
+compiler.
+"""
+
+import pytest
+
+from benchmarks import data_prep, gpu, input, judge_client, layout, logprobs, step
+from silkie_jax.errors import UserError
+from tests.benchmarks.conftest import cells
+
+SIZE = ["--size", "tiny", "--turns", "1"]
+
+
+@pytest.mark.slow
+def test_layout(run):
+    printed = run(layout, *SIZE, "--instructions", "1")
+    assert cells(printed, "separate")[2] == "5.16"  # five pairs
+    assert float(cells(printed, "separate")[-1]) < 1e-5
+    assert float(cells(printed, "pairs")[-1]) < 1e-5
+
+
+def test_logprobs(run):
+    printed = run(logprobs, *SIZE, "--labels", "128", "512", "--rows", "1")
+    for head in ("frozen", "trained"):
+        assert float(cells(printed, f"{head} | 512")[-2]) < 1e-5
+        assert float(cells(printed, f"{head} | 512")[-1]) < 1e-5
+        fused, full = ([float(cells(printed, f"{head} | {count}")[place]) for count in (128, 512)] for place in (5, 6))
+        assert full[1] - full[0] > 5 * (fused[1] - fused[0])
+
+
+@pytest.mark.slow
+def test_step(run):
+    printed = run(step, *SIZE, "--steps", "1", "--warmup", "1", "--remat", "full", "dots", "--also", "accumulate=2")
+    losses = [cells(printed, f"accumulate 1, remat {remat}")[-1].split(",")[0] for remat in ("full", "dots")]
+    assert losses[0] == losses[1]
+    assert cells(printed, "accumulate 2, remat full")[3] == "38"
+
+
+@pytest.mark.slow
+def test_gpu(run, tmp_path):
+    run(gpu, "--size", "tiny", "--parts", "logprobs", "--out", str(tmp_path), out=False)
+    assert "Head 2374 x 64" in (tmp_path / "logprobs.md").read_text()
+
+
+@pytest.mark.slow
+def test_input(run):
+    printed = run(input, "--rows", "16", "--side", "28", "--turns", "1")
+    assert "ratio, pipeline / Pillow" in printed
+
+
+@pytest.mark.slow
+def test_data_prep(run):
+    assert run(data_prep, "speed", "--records", "20", "--rounds", "1", out=False)
+
+
+@pytest.mark.slow
+def test_judge_client(run):
+    assert run(judge_client, "--requests", "8", "--concurrency", "4", "--rounds", "1", out=False)
+
+
+def test_an_unknown_key_is_refused(run):
+    with pytest.raises(UserError, match="write KEY=VALUE"):
+        run(step, *SIZE, "--also", "remt=none", out=False)
+
+
+def test_what_a_variant_refuses_stands_in_its_line(run):
+    printed = run(step, *SIZE, "--remat", "full", "--tokens", "64", out=False)
+    assert cells(printed, "ours")[1] == "error: --tokens 64: a row has 930"
