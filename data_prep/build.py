@@ -12,8 +12,8 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import wait
@@ -35,7 +35,7 @@ from silkie_jax.corpus.shards import FORMAT, MANIFEST, CorpusBuilder, Entry
 from silkie_jax.corpus.splits import split
 from silkie_jax.errors import UserError
 
-VERSION = 1  # of the way replies become records; a resumed build keeps no shard that another version made
+VERSION = 2  # of the way replies become records; a resumed build keeps no shard that another version made
 _PER_SHARD = 1000
 Runner = Literal["processes", "beam"]
 
@@ -127,18 +127,21 @@ class Job:
         """Makes a shard, unless an earlier run did."""
         builder = CorpusBuilder(self.dst, self.name, self.shards)
         with Run.open(self.run) as run:
-            key = self.key(run, number)
-            if entry := builder.finished(number, key):
+            if builder.has_entry(number) and (entry := builder.finished(number, self.key(run, number))):
                 return entry
             notes: dict[str, Any] = {}
-            return builder.write(number, key, self._records(run, *self._range(number), notes), notes)
+            digest = self._digest()  # grows with the records: a second pass over the run would cost a tenth of the time
+            return builder.write(number, digest.hexdigest, self._records(run, number, digest, notes), notes)
 
     def key(self, run: Run, number: int) -> str:
         """A hash of all that a shard is made from."""
-        digest = hashlib.sha256(self.settings.encode())
+        digest = self._digest()
         for gathered in self._gathered(run, *self._range(number)):
             digest.update(_content(gathered))
         return digest.hexdigest()
+
+    def _digest(self) -> Any:
+        return hashlib.sha256(self.settings.encode())
 
     def _range(self, number: int) -> tuple[int, int]:
         """First and last instruction of a shard."""
@@ -150,14 +153,15 @@ class Job:
                 replies = tuple(reply for reply in gathered.replies if reply.judge in self.rubrics)
                 yield Gathered(gathered.instruction, gathered.responses, replies)
 
-    def _records(self, run: Run, first: int, last: int, notes: dict[str, Any]) -> Iterator[Record]:
-        """The records of a shard, one at a time; fills `notes` at the end."""
+    def _records(self, run: Run, number: int, digest: Any, notes: dict[str, Any]) -> Iterator[Record]:
+        """The records of a shard, one at a time; feeds `digest` as `key` does, and fills `notes` at the end."""
         rubrics = {judge: make(rubric, Rubric) for judge, rubric in self.rubrics.items()}
         counts: Counter[str] = Counter()
         pair_counts: Counter[str] = Counter()
         kinds: dict[str, Counter[str]] = {judge: Counter() for judge in rubrics}
         rejections = []
-        for gathered in self._gathered(run, first, last):
+        for gathered in self._gathered(run, *self._range(number)):
+            digest.update(_content(gathered))
             counts["rows"] += 1
             instruction = gathered.instruction
             if not gathered.responses:
@@ -214,24 +218,33 @@ def _run_all(job: Job, side: _Side) -> list[Entry]:
         # Threads do not survive a fork, so workers are forked by a server that has none, and has loaded what they need.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["__main__", "data_prep.build", "tensorflow_datasets.proto"])
-        pool = ProcessPoolExecutor(min(side.workers, job.shards) - 1, context, initializer=_die_with_parent)
+        workers = min(side.workers, job.shards) - 1
+        pool = ProcessPoolExecutor(workers, context, initializer=_die_with_parent)
+        feeders = ThreadPoolExecutor(workers)
+        numbers = iter(range(job.shards))  # next() is atomic: whoever is free takes the next shard
+        made: dict[int, Entry] = {}
+
+        def work(make: Callable[[int], Entry]) -> None:
+            for number in numbers:
+                made[number] = make(number)
+                bar.update()
+
         try:
-            futures = [pool.submit(job.make, number) for number in range(job.shards)]
-            for future in futures:
-                future.add_done_callback(lambda done: bar.update(not done.cancelled()))
-            made = {}
-            for number in reversed(range(job.shards)):  # this process works, too, from the other end
-                if futures[number].cancel():
-                    made[number] = job.make(number)
-                    bar.update()
-            return [made[number] if number in made else futures[number].result() for number in range(job.shards)]
+            fed = [feeders.submit(work, lambda number: pool.submit(job.make, number).result()) for _ in range(workers)]
+            work(job.make)  # this process works, too
+            for future in fed:
+                future.result()
+            return [made[number] for number in range(job.shards)]
         except BrokenProcessPool:
             raise UserError(
                 f"{job.dst}: a worker process was killed (out of memory?): run the same command again to continue, "
                 "with fewer --workers"
             ) from None
         finally:
-            pool.shutdown(cancel_futures=True)
+            for _ in numbers:  # after an error: nobody begins another
+                pass
+            feeders.shutdown()
+            pool.shutdown()
 
 
 def _die_with_parent() -> None:
@@ -389,4 +402,7 @@ def _hash(keys: Iterable[str]) -> str:
 def _content(gathered: Gathered) -> bytes:
     """What a record depends on, as bytes: images by their hashes."""
     parts = [vars(gathered.instruction), [vars(r) for r in gathered.responses], [vars(r) for r in gathered.replies]]
-    return json.dumps(parts).encode()
+    return _encoder.encode(parts).encode()
+
+
+_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))

@@ -193,7 +193,8 @@ class Run:
             UserError: it is missing.
         """
         try:
-            return self.image_path(sha256).read_bytes()
+            with open(self.image_path(sha256), "rb", buffering=0) as file:
+                return file.readall()
         except OSError as error:
             raise UserError(f"an image of the run {self.path} cannot be read ({error}): copy the run again") from None
 
