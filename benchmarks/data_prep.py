@@ -190,19 +190,19 @@ def memory_of(folder: Path, count: int, url: str) -> dict[str, int]:
         for n in range(count):
             images.writestr(f"{n}.png", picture(n % 65_000))
             lines.write(json.dumps({"id": n, "image": f"{n}.png", "prompt": f"What is in picture {n}?"}) + "\n")
-    # A reply may cost 200 tokens at 30 USD a million at most, and costs less: this is enough for about a thousand.
+    # A reply may cost 200 tokens at 30 USD a million at most, and costs less: this is enough for some 1,500.
     pool = write_pool(folder / "pool.yaml", url, concurrency=8)
     judge = write_judge(folder / "judge.yaml", url, {"name": "second"}, concurrency=8)
     batched = write_judge(folder / "batched.yaml", url, {"name": "third"})
     asked, run, corpus = folder / "asked", fill(folder / "run", count), folder / "corpus"
     with Run.create(run) as opened:
-        opened.save_settings("pool", {})  # so that it can be rated
+        opened.save_settings("pool", {"of": "a benchmark"})
     commands: dict[str, list[object]] = {
         "instructions": [rows, asked, "--images", folder / "images.zip"],
         "respond --dry-run": [asked, "--pool", pool, "--dry-run"],
         "respond, stopped by its budget": [asked, "--pool", pool, "--budget", "4USD"],
         "rate --dry-run": [run, "--judge", judge, "--dry-run"],
-        "rate, stopped by its budget": [run, "--judge", judge, "--budget", f"{0.005 * count + 20}USD"],
+        "rate, stopped by its budget": [run, "--judge", judge, "--budget", f"{0.005 * count + 10}USD"],
         "rate --batch": [run, "--judge", batched, "--batch", "--poll", 1],
         "build": [run, corpus, "--partial", "--judge", "judge", "--evaluation", folder / "held-out"],
         "report": [corpus, "--run", run],

@@ -184,7 +184,7 @@ class Run:
         row = self.db.execute("SELECT suffix FROM images WHERE sha256 = ?", (sha256,)).fetchone()
         if row is None:
             raise UserError(f"the run {self.path} holds no image {sha256}")
-        return self.path / "images" / sha256[:2] / (sha256 + row[0])
+        return Path(f"{self.path}/images/{sha256[:2]}/{sha256}{row[0]}")
 
     def image(self, sha256: str) -> bytes:
         """The bytes of an image of the run.

@@ -109,8 +109,8 @@ def _outer(kind: str, outer: str, levels: dict[str, int], seen: "_Line") -> str:
     """Which kind of heading encloses the other, seeing one more of `kind`."""
     if seen.hashes:
         levels.setdefault(kind, seen.hashes)
-    if len(set(levels.values())) == 2:
-        return min(levels, key=lambda name: levels[name])
+    if len(levels) == 2 and levels["aspect"] != levels["text"]:
+        return "aspect" if levels["aspect"] < levels["text"] else "text"
     return outer or kind
 
 

@@ -82,6 +82,18 @@ def test_costs_are_those_of_the_run(judged):
     assert sum(row["ok"] for row in numbers["spending"]) == 48 * 5
 
 
+def test_the_page_says_what_the_whole_run_cost(tmp_path):
+    run = fill(tmp_path / "run", 3)
+    build(run, tmp_path / "corpus", **QUIETLY)
+    page = write_report(tmp_path / "corpus", tmp_path / "page.html", run=run, progress=False)
+    agents = json.loads(page.with_suffix(".json").read_text())["run"]["agents"]
+    (judge,) = [row for row in agents if row["agent"] == "judge"]
+    assert (judge["requests"], judge["attempts"]) == ({"ok": 3}, {"ok": 3})
+    assert judge["cost"] == pytest.approx(0.003)
+    assert "The whole run, attempts in vain included" in page.read_text()
+    assert "<td>ok 3 </td>" in page.read_text()
+
+
 def test_an_unbiased_judge_is_not_accused(tmp_path):
     build(fill(tmp_path / "run", 60), tmp_path / "corpus", **QUIETLY)
     assert not [line for line in remarks(measure(CorpusReader(tmp_path / "corpus"))) if "place" in line]

@@ -54,7 +54,7 @@ def test_two_hundred_instructions_by_commands_alone(tmp_path, capsys):
         silkie("respond", run, "--pool", pool, "--budget", "5USD")
         silkie("rate", run, "--judge", judge, "--batch", "--poll", "0.05", "--budget", "5USD")
         silkie("build", run, corpus)
-        silkie("report", corpus)
+        silkie("report", corpus, "--run", run)
     records = list(CorpusReader(corpus))
     assert len(records) == 200
     assert sum(len(record.responses) == 4 for record in records) > 170
