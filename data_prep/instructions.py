@@ -119,7 +119,9 @@ class _Gathering:
                 self._gather_source(name, source)
         if not self._ranks:
             first = (self.work / "rejected.jsonl").read_text(encoding="utf-8").partition("\n")[0]
-            raise UserError(f"no instruction can be used{'; the first row: ' if first else ''}{first}")
+            paths = ", ".join(source.path for source in self.config.sources.values())
+            why = f"; the first row: {first}" if first else f": {paths} holds no rows"
+            raise UserError(f"no instruction can be used{why}")
         sources = {name: dict(counts) for name, counts in self.counts.items()}
         sample = self.config.sample
         return Report(len(self._ranks) if sample is None else min(sample, len(self._ranks)), sources)

@@ -355,6 +355,8 @@ def test_configuration_from_yaml_and_from_a_command_line(tmp_path, folder):
 def test_nothing_usable_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"no instruction can be used; the first row: .*no prompt"):
         gather(tmp_path, {"s": {"path": write(tmp_path / "rows.jsonl", [{"x": 1}])}})
+    with pytest.raises(UserError, match=r"no instruction can be used: .*rows.jsonl holds no rows"):
+        gather(tmp_path, {"s": {"path": write(tmp_path / "rows.jsonl", [])}})
 
 
 def test_random_damage_never_crashes(tmp_path, folder):
