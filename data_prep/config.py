@@ -71,8 +71,8 @@ def _check(value: Any, annotation: Any, where: str, key: str) -> None:
     elif origin is list:
         fits = isinstance(value, list)
     elif origin in (int, float):
-        number = (int, float) if origin is float else int
-        fits = isinstance(value, number) and not isinstance(value, bool)
+        numbers: tuple[type, ...] = (int, float) if origin is float else (int,)
+        fits = isinstance(value, numbers) and not isinstance(value, bool)
     else:
         fits = isinstance(value, bool if origin is bool else str | int | float)
     if not fits:
