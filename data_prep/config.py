@@ -76,8 +76,12 @@ def _check(value: Any, annotation: Any, where: str, key: str) -> None:
     else:
         fits = isinstance(value, bool if origin is bool else str | int | float)
     if not fits:
-        wanted = _WORDS.get(origin, "keys and values")
-        raise UserError(f"{where}: {key} must be {wanted}, not {json.dumps(value, ensure_ascii=False)[:60]}")
+        found = (
+            _WORDS.get(type(value), "keys and values") if isinstance(value, str | list | Mapping) else json.dumps(value)
+        )
+        raise UserError(
+            f"{where}: {key} must be {_WORDS.get(origin, 'keys and values')}, not {found}"
+        )  # no text: a key?
     if dataclasses.is_dataclass(kind):
         fields = {field.name: field.type for field in dataclasses.fields(kind)}
         for name, item in value.items():

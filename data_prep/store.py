@@ -29,6 +29,7 @@ from silkie_jax.errors import UserError
 FORMAT = 1
 DATABASE = "run.sqlite"
 _SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png"}
+_LOG_BYTES = 64 * 2**20  # that SQLite's log may keep when it has been written to the database
 _CHUNK = 256  # instructions read at a time
 
 # A request is `open` until it has its reply, then `ok`, or `failed` for good, or `postponed` where a later command may
@@ -343,6 +344,7 @@ def connect(path: Path) -> sqlite3.Connection:
     try:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
+        db.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")  # planning writes all requests in one transaction
     except sqlite3.Error as error:
         db.close()
         raise UserError(f"{path} is not a run's database, or cannot be opened ({error})") from None

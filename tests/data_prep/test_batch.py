@@ -10,6 +10,7 @@ from data_prep.rate import rate
 from data_prep.respond import respond
 from data_prep.stage import Options
 from data_prep.store import Run
+from silkie_jax.cli import main
 from silkie_jax.errors import UserError
 from tests.data_prep.runs import QUIET, cents, everything, make_run, start, write_judge, write_pool
 from tests.data_prep.server import Script, Server
@@ -38,6 +39,13 @@ def test_batches_give_what_live_requests_give_at_half_the_price(tmp_path):
     assert outcome.spent == pytest.approx(cents(server) / 2)
     assert set(server.paid().values()) == {1}
     assert not list((tmp_path / "run" / "batches").iterdir())
+
+
+def test_looks_at_a_batch_lie_apart(tmp_path, capsys):
+    make_run(tmp_path / "run", 1)
+    pool = write_pool(tmp_path / "pool", "http://127.0.0.1:9/v1")
+    assert main(["corpus", "respond", str(tmp_path / "run"), "--pool", str(pool), "--batch", "--poll", "0"]) == 1
+    assert "--poll: 0 is not a positive number of seconds" in capsys.readouterr().err
 
 
 def test_files_are_split_by_size(tmp_path):
