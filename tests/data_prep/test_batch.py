@@ -81,6 +81,39 @@ def test_a_refused_batch_stops_and_costs_nothing(tmp_path):
         assert respond(tmp_path / "run", pool, BATCH).states == {"ok": 5}
 
 
+def test_an_endpoint_without_a_batch_api(tmp_path, monkeypatch):
+    route = Server._route
+
+    async def chat_alone(self, method, path, headers, body):
+        return await route(self, method, path if "chat" in path else "/elsewhere", headers, body)
+
+    monkeypatch.setattr(Server, "_route", chat_alone)
+    with Server() as server:
+        make_run(tmp_path / "run", 3)
+        with pytest.raises(UserError, match=r"m0: its endpoint has no Batch API \(set batch: false for it\)"):
+            respond(tmp_path / "run", write_pool(tmp_path / "pool", server.url, ("m0",), ONE), BATCH)
+        pool = write_pool(tmp_path / "pool", server.url, ("m0",), ONE, batch=False)
+        assert respond(tmp_path / "run", pool, BATCH).states == {"ok": 3}
+    assert set(server.paid().values()) == {1}
+    assert not list((tmp_path / "run" / "batches").iterdir())
+
+
+def test_what_a_batch_holds_is_not_sent_in_another_way(tmp_path):
+    script = Script(polls=10**9)
+    with Server(script) as server:
+        make_run(tmp_path / "run", 3)
+        pool = write_pool(tmp_path / "pool", server.url, ("m0",), ONE)
+        process = start("respond", tmp_path / "run", "--pool", pool, "--batch", "--poll", "0.05")
+        while sum(batch["looks"] for batch in server.batches.values()) < 2:
+            time.sleep(0.02)
+        process.kill()
+        process.communicate()
+        write_pool(pool, server.url, ("m0",), ONE, batch=False)
+        with pytest.raises(UserError, match="wait in batches: leave out batch: false"):
+            respond(tmp_path / "run", pool, BATCH)
+        assert not server.paid()
+
+
 def test_too_much_at_once_is_sent_in_smaller_files(tmp_path, monkeypatch):
     finish = Server._finish
 
