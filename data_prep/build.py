@@ -37,6 +37,7 @@ from silkie_jax.errors import UserError
 
 VERSION = 2  # of the way replies become records; a resumed build keeps no shard that another version made
 _PER_SHARD = 1000
+_SHARDS_A_PROCESS = 4  # starting one takes as long as a shard or two
 Runner = Literal["processes", "beam"]
 
 
@@ -69,7 +70,7 @@ def build(
         evaluation_fraction: how much of the instructions to hold out, where `evaluation` is given.
         seed: of what is held out.
         shards: number of files; one for about 1,000 instructions by default.
-        workers: processes; as many as there are processors by default.
+        workers: processes; by default one for four shards, and no more than there are processors.
         runner: "processes" of this machine, or "beam".
         beam_options: Apache Beam's own options, such as `--runner=FlinkRunner`.
         progress: whether to show progress on stderr.
@@ -89,7 +90,8 @@ def build(
         spending = _spending(opened, list(rubrics))
     shards = math.ceil(total / _PER_SHARD) if shards is None else min(shards, total)
     job = Job(str(run), str(dst), name, shards, total, {key: asdict(value) for key, value in rubrics.items()}, held_out)
-    everywhere = _Side(runner, workers or os.cpu_count() or 1, beam_options or [], progress, spending)
+    workers = workers or min(os.cpu_count() or 1, max(1, shards // _SHARDS_A_PROCESS))
+    everywhere = _Side(runner, workers, beam_options or [], progress, spending)
     if evaluation is not None:
         others = frozenset(range(1, total + 1)) - held_out
         _build_one(
