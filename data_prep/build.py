@@ -8,13 +8,17 @@ import hashlib
 import json
 import math
 import multiprocessing
+import multiprocessing.context
 import os
 import signal
+import sys
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -30,14 +34,15 @@ from data_prep.rubric import Rubric
 from data_prep.store import Gathered, Run
 from data_prep.summary import Summary, counts_of, pairs_by_rule
 from silkie_jax.corpus.reader import IndexRow
-from silkie_jax.corpus.schema import Record
+from silkie_jax.corpus.schema import Record, codec
 from silkie_jax.corpus.shards import FORMAT, MANIFEST, CorpusBuilder, Entry
 from silkie_jax.corpus.splits import split
 from silkie_jax.errors import UserError
 
 VERSION = 2  # of the way replies become records; a resumed build keeps no shard that another version made
 _PER_SHARD = 1000
-_SHARDS_A_PROCESS = 4  # starting one takes as long as a shard or two
+_SHARDS_A_PROCESS = 2  # fewer are not worth a process
+_THREADED = {"jax", "tensorflow", "torch"}  # libraries with threads of their own, which a fork would cut off
 Runner = Literal["processes", "beam"]
 
 
@@ -70,7 +75,7 @@ def build(
         evaluation_fraction: how much of the instructions to hold out, where `evaluation` is given.
         seed: of what is held out.
         shards: number of files; one for about 1,000 instructions by default.
-        workers: processes; by default one for four shards, and no more than there are processors.
+        workers: processes; by default one for two shards, and no more than there are processors.
         runner: "processes" of this machine, or "beam".
         beam_options: Apache Beam's own options, such as `--runner=FlinkRunner`.
         progress: whether to show progress on stderr.
@@ -197,43 +202,60 @@ def _build_one(job: Job, side: _Side) -> Summary:
     if (Path(job.dst) / MANIFEST).exists():
         with Run.open(job.run) as run:
             return finished_before(Path(job.dst), _hash(job.key(run, number) for number in range(job.shards)))
-    with CorpusBuilder(job.dst, job.name, job.shards) as builder:
+    others = 0 if side.runner == "beam" else min(side.workers, job.shards) - 1
+    # Workers come first: what this process opens, the lock of the corpus for one, is not theirs.
+    with _workers(others) as pool, CorpusBuilder(job.dst, job.name, job.shards) as builder:
         if side.runner == "beam":
             from data_prep.beam_build import run_on_beam
 
             run_on_beam(job, side.beam_options)
             entries = [job.make(number) for number in range(job.shards)]  # as Beam's workers left them
         else:
-            entries = _run_all(job, side)
+            entries = _run_all(job, side.progress, pool, others)
         return _finish(builder, job, entries, _hash(entry.key for entry in entries), side.spending)
 
 
-def _run_all(job: Job, side: _Side) -> list[Entry]:
-    """All shards, in this process where one is enough."""
-    with tqdm(total=job.shards, unit="shard", desc="building", disable=not side.progress, mininterval=0.5) as bar:
-        if min(side.workers, job.shards) == 1:
-            entries = []
-            for number in range(job.shards):
-                entries.append(job.make(number))
-                bar.update()
-            return entries
-        # Threads do not survive a fork, so workers are forked by a server that has none, and has loaded what they need.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["__main__", "data_prep.build", "tensorflow_datasets.proto"])
-        workers = min(side.workers, job.shards) - 1
-        pool = ProcessPoolExecutor(workers, context, initializer=_die_with_parent)
-        feeders = ThreadPoolExecutor(workers)
-        numbers = iter(range(job.shards))  # next() is atomic: whoever is free takes the next shard
-        made: dict[int, Entry] = {}
+@contextmanager
+def _workers(count: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Other processes; None for none."""
+    if not count:
+        yield None
+        return
+    context: multiprocessing.context.BaseContext
+    if sys.platform == "linux" and threading.active_count() == 1 and not _THREADED & sys.modules.keys():
+        codec()  # workers have what is loaded before
+        context = multiprocessing.get_context("fork")
+    else:  # threads do not survive a fork: a server that has none forks the workers, which takes a second longer
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["__main__", "data_prep.build", "tensorflow_datasets.proto"])
+        context = server
+    with ProcessPoolExecutor(count, context, initializer=_die_with_parent) as pool:
+        with warnings.catch_warnings():  # of threads, which numpy's are; it minds forks itself
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pool.submit(os.getpid)  # all of them start now
+        yield pool
+
+
+def _run_all(job: Job, progress: bool, pool: ProcessPoolExecutor | None, others: int) -> list[Entry]:
+    """All shards, by this process and the others."""
+    numbers = iter(range(job.shards))  # next() is atomic: whoever is free takes the next shard
+    made: dict[int, Entry] = {}
+    with (
+        tqdm(total=job.shards, unit="shard", desc="building", disable=not progress, mininterval=0.5) as bar,
+        ThreadPoolExecutor(max(others, 1)) as feeders,
+    ):
 
         def work(make: Callable[[int], Entry]) -> None:
             for number in numbers:
                 made[number] = make(number)
                 bar.update()
 
+        def feed(pool: ProcessPoolExecutor) -> None:
+            work(lambda number: pool.submit(job.make, number).result())
+
         try:
-            fed = [feeders.submit(work, lambda number: pool.submit(job.make, number).result()) for _ in range(workers)]
-            work(job.make)  # this process works, too
+            fed = [feeders.submit(feed, pool) for _ in range(others)] if pool else []
+            work(job.make)
             for future in fed:
                 future.result()
             return [made[number] for number in range(job.shards)]
@@ -245,8 +267,6 @@ def _run_all(job: Job, side: _Side) -> list[Entry]:
         finally:
             for _ in numbers:  # after an error: nobody begins another
                 pass
-            feeders.shutdown()
-            pool.shutdown()
 
 
 def _die_with_parent() -> None:

@@ -103,7 +103,9 @@ def test_orders_and_judges_are_averaged_and_gaps_stay_gaps(tmp_path):
     assert all(math.isnan(rating) for r in only[1].responses for rating in r.ratings.values())
 
 
-def test_more_processes_give_the_same_bytes(run, corpus, tmp_path):
+@pytest.mark.parametrize("threaded", [set(), {"sys"}], ids=["forked", "forked by a server"])
+def test_more_processes_give_the_same_bytes(run, corpus, tmp_path, monkeypatch, threaded):
+    monkeypatch.setattr("data_prep.build._THREADED", threaded)
     build(run, tmp_path / "corpus", shards=4, workers=2, progress=False)
     assert files(tmp_path / "corpus") == files(corpus)
 
