@@ -182,9 +182,20 @@ class Job:
                 kinds[judgement["judge"]][judgement["kind"]] += 1
             counts.update(counts_of(record))
             pair_counts.update(pairs_by_rule(record))
-            yield record
+            yield _Record(**vars(record), image_hashes=instruction.images)
         notes.update(counts=dict(counts), pairs=dict(pair_counts), rejections=rejections)
         notes["kinds"] = {judge: dict(counter) for judge, counter in kinds.items()}
+
+
+@dataclass(frozen=True)
+class _Record(Record):
+    """A record whose images the run has hashed before: they are named by it."""
+
+    image_hashes: tuple[str, ...] = ()
+
+    @property
+    def image_sha256(self) -> tuple[str, ...]:
+        return self.image_hashes
 
 
 @dataclass(frozen=True)

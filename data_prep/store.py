@@ -182,22 +182,29 @@ class Run:
 
     def image_path(self, sha256: str) -> Path:
         """Where an image of the run lies."""
-        row = self.db.execute("SELECT suffix FROM images WHERE sha256 = ?", (sha256,)).fetchone()
-        if row is None:
-            raise UserError(f"the run {self.path} holds no image {sha256}")
-        return Path(f"{self.path}/images/{sha256[:2]}/{sha256}{row[0]}")
+        return self._image_file(sha256)[0]
 
     def image(self, sha256: str) -> bytes:
         """The bytes of an image of the run.
 
         Raises:
-            UserError: it is missing.
+            UserError: it is missing or cut off.
         """
+        path, size = self._image_file(sha256)
         try:
-            with open(self.image_path(sha256), "rb", buffering=0) as file:
-                return file.readall()
+            with open(path, "rb", buffering=0) as file:
+                data = file.readall()
         except OSError as error:
             raise UserError(f"an image of the run {self.path} cannot be read ({error}): copy the run again") from None
+        if len(data) != size:
+            raise UserError(f"{path} has {len(data)} bytes, not the {size} that were stored: copy the run again")
+        return data
+
+    def _image_file(self, sha256: str) -> tuple[Path, int]:
+        row = self.db.execute("SELECT suffix, bytes FROM images WHERE sha256 = ?", (sha256,)).fetchone()
+        if row is None:
+            raise UserError(f"the run {self.path} holds no image {sha256}")
+        return Path(f"{self.path}/images/{sha256[:2]}/{sha256}{row[0]}"), row[1]
 
     def image_size(self, sha256: str) -> tuple[int, int]:
         """Width and height in pixels.
