@@ -86,8 +86,15 @@ def build(
     Raises:
         UserError: the run is unfinished or has no responses, judges cannot be averaged, or `dst` holds something else.
     """
-    if workers is not None and workers < 1:
-        raise UserError(f"workers: {workers} is not at least 1")
+    for key, value in (("workers", workers), ("shards", shards)):
+        if value is not None and value < 1:
+            raise UserError(f"{key}: {value} is not at least 1")
+    if beam_options and runner != "beam":
+        raise UserError(f"--beam-option {beam_options[0]}: add --runner beam")
+    if evaluation is not None:
+        ends = Path(dst).resolve(), Path(evaluation).resolve()
+        if ends[0].is_relative_to(ends[1]) or ends[1].is_relative_to(ends[0]):
+            raise UserError(f"--evaluation {evaluation}: name a folder of its own, outside {dst}")
     with Run.open(run) as opened:
         rubrics = _rubrics(opened, judges)
         total = _check(opened, rubrics, partial)
