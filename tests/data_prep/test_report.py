@@ -143,6 +143,18 @@ def test_judges_are_compared(tmp_path):
     assert 0 < found["correlation_within_instructions"]["r"] < 1
 
 
+def test_judges_of_different_aspects_are_compared_by_what_they_prefer():
+    judgements = [
+        {"judge": judge, "order": 0, "kind": "complete", "shown": [0, 1], "ratings": {aspect: ratings}}
+        for judge, aspect, ratings in (("a", "A", [1, 5]), ("b", "B", [70, 90]), ("c", "A", [3, 4]))
+    ]
+    measures = Measures()
+    measures.add(record(0, [1, 5], extra={"judgements": judgements}))
+    found = {"".join(row["judges"]): row for row in measures.to_json()["agreement"]}
+    assert {pair: row["same_preference"]["share"] for pair, row in found.items()} == {"ab": 1, "ac": 1, "bc": 1}
+    assert {pair: row["mean_difference"]["n"] for pair, row in found.items()} == {"ab": 0, "ac": 2, "bc": 0}
+
+
 def test_refusals_and_unparsable_replies_are_counted(tmp_path):
     words = {1: "I'm sorry, I can't help with that.", 2: "They are all fine.", 3: ""}
     fill(tmp_path / "run", 6, reply=lambda number, judge, order, shown, said: words.get(number, said))
