@@ -113,6 +113,7 @@ def load_pool(path: str | os.PathLike[str]) -> Pool:
     """
     pool = load_yaml(path, Pool)
     _need(path, bool(pool.models), "models is empty: name at least one model")
+    _need(path, all(map(str.strip, pool.models)), "models: a name is empty")
     _need(path, pool.draw in DRAWS, f"draw: {pool.draw!r} is unknown; choose one of {', '.join(DRAWS)}")
     _need(
         path,

@@ -65,19 +65,19 @@ def judge(reply: JudgeReply, rubric: Rubric, places: Mapping[int, int], response
     return Judgement(reply.judge, reply.order, kind, tuple(shown), ratings, rationales)
 
 
-def mean_ratings(judgements: Sequence[Judgement], aspects: Iterable[str], response: int) -> dict[str, float]:
-    """Aspect -> a response's rating: the mean over each judge's orders, then over the judges; NaN where none has one.
+def mean_ratings(judgements: Sequence[Judgement], aspects: Iterable[str], responses: int) -> list[dict[str, float]]:
+    """Aspect -> rating of each response: the mean over each judge's orders, then over the judges; NaN for none.
 
     Judges weigh alike however many orders each has rated.
     """
-    judges = list(dict.fromkeys(judgement.judge for judgement in judgements))
-    return {
-        aspect: _mean(
-            _mean(j.ratings[aspect][response] for j in judgements if j.judge == name and aspect in j.ratings)
-            for name in judges
-        )
-        for aspect in aspects
-    }
+    rows: dict[str, dict[str, list[list[float]]]] = {aspect: {} for aspect in aspects}  # aspect -> judge -> its orders
+    for judgement in judgements:
+        for aspect, row in judgement.ratings.items():
+            rows[aspect].setdefault(judgement.judge, []).append(row)
+    return [
+        {aspect: _mean([_mean([row[n] for row in orders]) for orders in rows[aspect].values()]) for aspect in rows}
+        for n in range(responses)
+    ]
 
 
 def to_record(gathered: Gathered, rubrics: Mapping[str, Rubric], images: Sequence[bytes]) -> Record:
@@ -86,6 +86,7 @@ def to_record(gathered: Gathered, rubrics: Mapping[str, Rubric], images: Sequenc
     places = {response.slot: index for index, response in enumerate(responses)}
     judgements = [judge(reply, rubrics[reply.judge], places, len(responses)) for reply in gathered.replies]
     aspects = list(dict.fromkeys(name for rubric in rubrics.values() for name in rubric.names))
+    ratings = mean_ratings(judgements, aspects, len(responses))
     extra: dict[str, Any] = {key: value for key, value in instruction.extra.items() if key not in RESERVED}
     if instruction.licence:
         extra["licence"] = instruction.licence
@@ -102,7 +103,7 @@ def to_record(gathered: Gathered, rubrics: Mapping[str, Rubric], images: Sequenc
             Response(
                 text=response.text,
                 model=response.agent,
-                ratings=mean_ratings(judgements, aspects, index),
+                ratings=ratings[index],
                 # the first judgement's reasons; those of the others are in `extra`
                 rationales={n: row[index] for n, row in judgements[0].rationales.items() if row[index]}
                 if judgements
@@ -138,8 +139,10 @@ def _nothing(rubric: Rubric, texts: int) -> Reply:
     return Reply("unparsable", nan, words)
 
 
-def _mean(values: Iterable[float]) -> float:
+def _mean(values: Sequence[float]) -> float:
     """The mean of those that are numbers; NaN of none. `fsum`, so that their order does not matter."""
+    if len(values) == 1:
+        return values[0]
     numbers = [value for value in values if not math.isnan(value)]
     return math.fsum(numbers) / len(numbers) if numbers else math.nan
 

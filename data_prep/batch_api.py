@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +36,7 @@ from data_prep.live import (
     stopped_by,
 )
 from data_prep.replies import Reply
+from data_prep.store import Run
 from silkie_jax.errors import UserError
 
 T = TypeVar("T")
@@ -64,6 +65,27 @@ async def run_batches(work: Work, agents: dict[str, Agent], clients: dict[str, C
     for leftover in (*folder.glob("*.tmp"), *folder.glob("*.out")):  # of a process that was killed
         leftover.unlink()
     await asyncio.gather(*(_Batches(work, name, agents[name], clients[name], poll).run() for name in agents))
+
+
+def release_unsent(run: Run, stage: str, names: Iterable[str]) -> None:
+    """Takes requests out of files that never left this machine, so that they can be sent in another way."""
+    for name in names:
+        rows = run.db.execute(
+            "SELECT id, name FROM batches WHERE stage = ? AND agent = ? AND state = 'composed'", (stage, name)
+        ).fetchall()
+        for number, file in rows:
+            for sql, values in _abandon(number, "never sent", replies.LOST):
+                run.db.execute(sql, values)
+            (run.path / "batches" / f"{file}.jsonl").unlink(missing_ok=True)
+
+
+def _abandon(batch: int, why: str, outcome: str) -> list[Statement]:
+    """The statements for a batch that was not worked on: it cost nothing, and its requests are open again."""
+    end = "UPDATE attempts SET outcome = ?, error = ?, finished = ?, at_risk = 0 WHERE batch = ? AND outcome IS NULL"
+    return [
+        (end, (outcome, replies.one_line(why), time.time(), batch)),
+        ("UPDATE batches SET state = 'failed', error = ? WHERE id = ?", (replies.one_line(why), batch)),
+    ]
 
 
 class _Batches:
@@ -289,7 +311,14 @@ class _Batches:
                 cause = error.__cause__ or error
                 words = replies.one_line(self.client.scrub.error(f"{type(cause).__name__}: {cause}"))
                 reply = Reply(replies.CONNECTION, error=words)
-            if reply.outcome in replies.STOPPING:
+            if reply.outcome == replies.NOT_FOUND:
+                self.work.stop.set(
+                    UserError(
+                        f"{self.name}: its endpoint has no Batch API (set batch: false for it), or does not know this "
+                        f"batch (its key and base_url must be those that made it) ({reply.error})"
+                    )
+                )
+            elif reply.outcome in replies.STOPPING:
                 self.work.stop.set(stopped_by(self.name, self.agent, reply))
             elif reply.outcome not in replies.PASSING and reply.outcome != replies.RATE_LIMITED:
                 break
@@ -373,18 +402,11 @@ class _Batches:
         return self.work.review(self.name, request, reply, before + 1)
 
     async def _abandon(self, batch: Batch, why: str, outcome: str) -> None:
-        """A batch that was not worked on: it cost nothing, and its requests are open again."""
-        end = (
-            "UPDATE attempts SET outcome = ?, error = ?, finished = ?, at_risk = 0 WHERE batch = ? AND outcome IS NULL"
-        )
         freed = self.work.run.db.execute(
             "SELECT coalesce(sum(at_risk), 0) FROM attempts WHERE batch = ? AND outcome IS NULL", (batch.id,)
         ).fetchone()[0]
         self.work.budget.settle(0.0, -freed)
-        await self.work.journal.write(
-            (end, (outcome, replies.one_line(why), time.time(), batch.id)),
-            ("UPDATE batches SET state = 'failed', error = ? WHERE id = ?", (replies.one_line(why), batch.id)),
-        )
+        await self.work.journal.write(*_abandon(batch.id, why, outcome))
         self._file(batch).unlink(missing_ok=True)
 
 

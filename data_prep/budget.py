@@ -76,15 +76,16 @@ class Expectation:
     input_tokens: int = 0
     output_tokens: int = 0
     guessed: float = 0.0  # of the same replies' input, before correction
-    factor: float = 1.0  # by which a bill passed the bound at most
+    factor: float = 1.0  # by which a bill passed the bound of the input at most
+    longer: float = 1.0  # and that of the reply: some servers do not count a model's thoughts in max_tokens
 
     @classmethod
     def of(cls, db: sqlite3.Connection, stage: str, name: str, agent: Agent) -> "Expectation":
         """With what the run knows already."""
         self = cls(agent)
-        replies, tokens_in, tokens_out, text, images, factor = db.execute(
+        replies, tokens_in, tokens_out, text, images, factor, longest = db.execute(
             "SELECT count(*), sum(input_tokens), sum(output_tokens), sum(text_bytes), sum(image_tokens), "
-            "max(1.0 * input_tokens / (text_bytes + image_tokens + 1)) "
+            "max(1.0 * input_tokens / (text_bytes + image_tokens + 1)), max(output_tokens) "
             "FROM requests r JOIN attempts a ON a.request = r.id "
             "WHERE r.stage = ? AND r.agent = ? AND a.input_tokens IS NOT NULL",
             (stage, name),
@@ -92,6 +93,7 @@ class Expectation:
         if replies:
             self.replies, self.input_tokens, self.output_tokens = replies, tokens_in, tokens_out
             self.guessed, self.factor = text / BYTES_PER_TOKEN + images, max(1.0, factor)
+            self.longer = max(1.0, longest / agent.max_tokens)
         return self
 
     def observe(self, text_bytes: int, image_tokens: int, input_tokens: int, output_tokens: int) -> None:
@@ -101,10 +103,11 @@ class Expectation:
         self.output_tokens += output_tokens
         self.guessed += text_bytes / BYTES_PER_TOKEN + image_tokens
         self.factor = max(self.factor, input_tokens / (text_bytes + image_tokens + 1))
+        self.longer = max(self.longer, output_tokens / self.agent.max_tokens)
 
     def bound(self, text_bytes: int, image_tokens: int) -> tuple[float, float]:
         """Input and output tokens at most."""
-        return self.factor * (text_bytes + image_tokens + 1), float(self.agent.max_tokens)
+        return self.factor * (text_bytes + image_tokens + 1), self.longer * self.agent.max_tokens
 
     def expected(self, requests: int, text_bytes: float, image_tokens: float) -> tuple[float, float]:
         """Input and output tokens of several requests, from their sums."""

@@ -8,13 +8,17 @@ import hashlib
 import json
 import math
 import multiprocessing
+import multiprocessing.context
 import os
 import signal
+import sys
 import threading
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -30,13 +34,15 @@ from data_prep.rubric import Rubric
 from data_prep.store import Gathered, Run
 from data_prep.summary import Summary, counts_of, pairs_by_rule
 from silkie_jax.corpus.reader import IndexRow
-from silkie_jax.corpus.schema import Record
+from silkie_jax.corpus.schema import Record, codec
 from silkie_jax.corpus.shards import FORMAT, MANIFEST, CorpusBuilder, Entry
 from silkie_jax.corpus.splits import split
 from silkie_jax.errors import UserError
 
-VERSION = 1  # of the way replies become records; a resumed build keeps no shard that another version made
+VERSION = 2  # of the way replies become records; a resumed build keeps no shard that another version made
 _PER_SHARD = 1000
+_SHARDS_A_PROCESS = 2  # fewer are not worth a process
+_THREADED = {"jax", "tensorflow", "torch"}  # libraries with threads of their own, which a fork would cut off
 Runner = Literal["processes", "beam"]
 
 
@@ -69,7 +75,7 @@ def build(
         evaluation_fraction: how much of the instructions to hold out, where `evaluation` is given.
         seed: of what is held out.
         shards: number of files; one for about 1,000 instructions by default.
-        workers: processes; as many as there are processors by default.
+        workers: processes; by default one for two shards, and no more than there are processors.
         runner: "processes" of this machine, or "beam".
         beam_options: Apache Beam's own options, such as `--runner=FlinkRunner`.
         progress: whether to show progress on stderr.
@@ -80,8 +86,15 @@ def build(
     Raises:
         UserError: the run is unfinished or has no responses, judges cannot be averaged, or `dst` holds something else.
     """
-    if workers is not None and workers < 1:
-        raise UserError(f"workers: {workers} is not at least 1")
+    for key, value in (("workers", workers), ("shards", shards)):
+        if value is not None and value < 1:
+            raise UserError(f"{key}: {value} is not at least 1")
+    if beam_options and runner != "beam":
+        raise UserError(f"--beam-option {beam_options[0]}: add --runner beam")
+    if evaluation is not None:
+        ends = Path(dst).resolve(), Path(evaluation).resolve()
+        if ends[0].is_relative_to(ends[1]) or ends[1].is_relative_to(ends[0]):
+            raise UserError(f"--evaluation {evaluation}: name a folder of its own, outside {dst}")
     with Run.open(run) as opened:
         rubrics = _rubrics(opened, judges)
         total = _check(opened, rubrics, partial)
@@ -89,7 +102,8 @@ def build(
         spending = _spending(opened, list(rubrics))
     shards = math.ceil(total / _PER_SHARD) if shards is None else min(shards, total)
     job = Job(str(run), str(dst), name, shards, total, {key: asdict(value) for key, value in rubrics.items()}, held_out)
-    everywhere = _Side(runner, workers or os.cpu_count() or 1, beam_options or [], progress, spending)
+    workers = workers or min(os.cpu_count() or 1, max(1, shards // _SHARDS_A_PROCESS))
+    everywhere = _Side(runner, workers, beam_options or [], progress, spending)
     if evaluation is not None:
         others = frozenset(range(1, total + 1)) - held_out
         _build_one(
@@ -127,18 +141,21 @@ class Job:
         """Makes a shard, unless an earlier run did."""
         builder = CorpusBuilder(self.dst, self.name, self.shards)
         with Run.open(self.run) as run:
-            key = self.key(run, number)
-            if entry := builder.finished(number, key):
+            if builder.has_entry(number) and (entry := builder.finished(number, self.key(run, number))):
                 return entry
             notes: dict[str, Any] = {}
-            return builder.write(number, key, self._records(run, *self._range(number), notes), notes)
+            digest = self._digest()  # grows with the records: a second pass over the run would cost a tenth of the time
+            return builder.write(number, digest.hexdigest, self._records(run, number, digest, notes), notes)
 
     def key(self, run: Run, number: int) -> str:
         """A hash of all that a shard is made from."""
-        digest = hashlib.sha256(self.settings.encode())
+        digest = self._digest()
         for gathered in self._gathered(run, *self._range(number)):
             digest.update(_content(gathered))
         return digest.hexdigest()
+
+    def _digest(self) -> Any:
+        return hashlib.sha256(self.settings.encode())
 
     def _range(self, number: int) -> tuple[int, int]:
         """First and last instruction of a shard."""
@@ -150,14 +167,15 @@ class Job:
                 replies = tuple(reply for reply in gathered.replies if reply.judge in self.rubrics)
                 yield Gathered(gathered.instruction, gathered.responses, replies)
 
-    def _records(self, run: Run, first: int, last: int, notes: dict[str, Any]) -> Iterator[Record]:
-        """The records of a shard, one at a time; fills `notes` at the end."""
+    def _records(self, run: Run, number: int, digest: Any, notes: dict[str, Any]) -> Iterator[Record]:
+        """The records of a shard, one at a time; feeds `digest` as `key` does, and fills `notes` at the end."""
         rubrics = {judge: make(rubric, Rubric) for judge, rubric in self.rubrics.items()}
         counts: Counter[str] = Counter()
         pair_counts: Counter[str] = Counter()
         kinds: dict[str, Counter[str]] = {judge: Counter() for judge in rubrics}
         rejections = []
-        for gathered in self._gathered(run, first, last):
+        for gathered in self._gathered(run, *self._range(number)):
+            digest.update(_content(gathered))
             counts["rows"] += 1
             instruction = gathered.instruction
             if not gathered.responses:
@@ -171,9 +189,20 @@ class Job:
                 kinds[judgement["judge"]][judgement["kind"]] += 1
             counts.update(counts_of(record))
             pair_counts.update(pairs_by_rule(record))
-            yield record
+            yield _Record(**vars(record), image_hashes=instruction.images)
         notes.update(counts=dict(counts), pairs=dict(pair_counts), rejections=rejections)
         notes["kinds"] = {judge: dict(counter) for judge, counter in kinds.items()}
+
+
+@dataclass(frozen=True)
+class _Record(Record):
+    """A record whose images the run has hashed before: they are named by it."""
+
+    image_hashes: tuple[str, ...] = ()
+
+    @property
+    def image_sha256(self) -> tuple[str, ...]:
+        return self.image_hashes
 
 
 @dataclass(frozen=True)
@@ -191,47 +220,71 @@ def _build_one(job: Job, side: _Side) -> Summary:
     if (Path(job.dst) / MANIFEST).exists():
         with Run.open(job.run) as run:
             return finished_before(Path(job.dst), _hash(job.key(run, number) for number in range(job.shards)))
-    with CorpusBuilder(job.dst, job.name, job.shards) as builder:
+    others = 0 if side.runner == "beam" else min(side.workers, job.shards) - 1
+    # Workers come first: what this process opens, the lock of the corpus for one, is not theirs.
+    with _workers(others) as pool, CorpusBuilder(job.dst, job.name, job.shards) as builder:
         if side.runner == "beam":
             from data_prep.beam_build import run_on_beam
 
             run_on_beam(job, side.beam_options)
             entries = [job.make(number) for number in range(job.shards)]  # as Beam's workers left them
         else:
-            entries = _run_all(job, side)
+            entries = _run_all(job, side.progress, pool, others)
         return _finish(builder, job, entries, _hash(entry.key for entry in entries), side.spending)
 
 
-def _run_all(job: Job, side: _Side) -> list[Entry]:
-    """All shards, in this process where one is enough."""
-    with tqdm(total=job.shards, unit="shard", desc="building", disable=not side.progress, mininterval=0.5) as bar:
-        if min(side.workers, job.shards) == 1:
-            entries = []
-            for number in range(job.shards):
-                entries.append(job.make(number))
+@contextmanager
+def _workers(count: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Other processes; None for none."""
+    if not count:
+        yield None
+        return
+    context: multiprocessing.context.BaseContext
+    if sys.platform == "linux" and threading.active_count() == 1 and not _THREADED & sys.modules.keys():
+        codec()  # workers have what is loaded before
+        context = multiprocessing.get_context("fork")
+    else:  # threads do not survive a fork: a server that has none forks the workers, which takes a second longer
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["__main__", "data_prep.build", "tensorflow_datasets.proto"])
+        context = server
+    with ProcessPoolExecutor(count, context, initializer=_die_with_parent) as pool:
+        with warnings.catch_warnings():  # of threads, which numpy's are; it minds forks itself
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pool.submit(os.getpid)  # all of them start now
+        yield pool
+
+
+def _run_all(job: Job, progress: bool, pool: ProcessPoolExecutor | None, others: int) -> list[Entry]:
+    """All shards, by this process and the others."""
+    numbers = iter(range(job.shards))  # next() is atomic: whoever is free takes the next shard
+    made: dict[int, Entry] = {}
+    with (
+        tqdm(total=job.shards, unit="shard", desc="building", disable=not progress, mininterval=0.5) as bar,
+        ThreadPoolExecutor(max(others, 1)) as feeders,
+    ):
+
+        def work(make: Callable[[int], Entry]) -> None:
+            for number in numbers:
+                made[number] = make(number)
                 bar.update()
-            return entries
-        # Threads do not survive a fork, so workers are forked by a server that has none, and has loaded what they need.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["__main__", "data_prep.build", "tensorflow_datasets.proto"])
-        pool = ProcessPoolExecutor(min(side.workers, job.shards) - 1, context, initializer=_die_with_parent)
+
+        def feed(pool: ProcessPoolExecutor) -> None:
+            work(lambda number: pool.submit(job.make, number).result())
+
         try:
-            futures = [pool.submit(job.make, number) for number in range(job.shards)]
-            for future in futures:
-                future.add_done_callback(lambda done: bar.update(not done.cancelled()))
-            made = {}
-            for number in reversed(range(job.shards)):  # this process works, too, from the other end
-                if futures[number].cancel():
-                    made[number] = job.make(number)
-                    bar.update()
-            return [made[number] if number in made else futures[number].result() for number in range(job.shards)]
+            fed = [feeders.submit(feed, pool) for _ in range(others)] if pool else []
+            work(job.make)
+            for future in fed:
+                future.result()
+            return [made[number] for number in range(job.shards)]
         except BrokenProcessPool:
             raise UserError(
                 f"{job.dst}: a worker process was killed (out of memory?): run the same command again to continue, "
                 "with fewer --workers"
             ) from None
         finally:
-            pool.shutdown(cancel_futures=True)
+            for _ in numbers:  # after an error: nobody begins another
+                pass
 
 
 def _die_with_parent() -> None:
@@ -389,4 +442,7 @@ def _hash(keys: Iterable[str]) -> str:
 def _content(gathered: Gathered) -> bytes:
     """What a record depends on, as bytes: images by their hashes."""
     parts = [vars(gathered.instruction), [vars(r) for r in gathered.responses], [vars(r) for r in gathered.replies]]
-    return json.dumps(parts).encode()
+    return _encoder.encode(parts).encode()
+
+
+_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 
 from data_prep import verbs
+from silkie_jax.errors import UserError
 
 Add = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
 """(name, function, about) -> the parser of a new verb."""
@@ -48,5 +49,7 @@ def _options(args: argparse.Namespace):
     from data_prep.budget import parse_usd
     from data_prep.stage import Options
 
+    if args.poll <= 0:
+        raise UserError(f"--poll: {args.poll:g} is not a positive number of seconds")
     budget = parse_usd(args.budget) if args.budget is not None else None
     return Options(budget, args.batch, args.dry_run, args.poll)

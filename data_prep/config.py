@@ -4,6 +4,8 @@ import dataclasses
 import difflib
 import json
 import os
+import types
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,7 +44,7 @@ def load_yaml(path: str | os.PathLike[str], schema: type[T]) -> T:
 def make(given: Mapping[Any, Any], schema: type[T], where: str = "config") -> T:
     """As `load_yaml`, from a mapping; `where` names it in errors."""
     given = json.loads(json.dumps(given, default=str))  # keys become texts, and what was stored as JSON reads the same
-    _check_keys(given, schema, where)
+    _check(given, schema, where, "")
     _check_texts(given, where)
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))  # type: ignore[return-value]
@@ -54,26 +56,47 @@ def make(given: Mapping[Any, Any], schema: type[T], where: str = "config") -> T:
         raise UserError(f"{where}: {key + ': ' if key else ''}{message}") from None
 
 
-def _check_keys(given: Mapping[Any, Any], schema: type, where: str, prefix: str = "") -> None:
-    """Refuses keys that a dataclass, or one nested in it, does not have."""
-    fields = {field.name: field for field in dataclasses.fields(schema)}
-    for key, value in given.items():
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; there are {', '.join(fields)}"
-            raise UserError(f"{where}: unknown key {prefix}{key}{hint}")
-        inner = _dataclass_in(fields[key].type)
-        if inner is None:
-            continue
-        if isinstance(value, list):
-            nested = {f"{prefix}{key}[{n}].": item for n, item in enumerate(value)}
-        elif "dict" in str(fields[key].type) and isinstance(value, Mapping):
-            nested = {f"{prefix}{key}.{name}.": item for name, item in value.items()}
-        else:
-            nested = {f"{prefix}{key}.": value}
-        for path, item in nested.items():
-            if isinstance(item, Mapping):
-                _check_keys(item, inner, where, path)
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
+
+
+def _check(value: Any, annotation: Any, where: str, key: str) -> None:
+    """Refuses what does not fit a field, and keys that a dataclass does not have, in words that say what would do."""
+    optional = isinstance(annotation, types.UnionType)
+    kind = next(arg for arg in typing.get_args(annotation) if arg is not type(None)) if optional else annotation
+    origin = typing.get_origin(kind) or kind
+    if kind is Any or (value is None and optional):
+        return
+    if dataclasses.is_dataclass(kind) or origin is dict:
+        fits = isinstance(value, Mapping)
+    elif origin is list:
+        fits = isinstance(value, list)
+    elif origin in (int, float):
+        numbers: tuple[type, ...] = (int, float) if origin is float else (int,)
+        fits = isinstance(value, numbers) and not isinstance(value, bool)
+    else:
+        fits = isinstance(value, bool if origin is bool else str | int | float)
+    if not fits:
+        found = (
+            _WORDS.get(type(value), "keys and values") if isinstance(value, str | list | Mapping) else json.dumps(value)
+        )
+        raise UserError(
+            f"{where}: {key} must be {_WORDS.get(origin, 'keys and values')}, not {found}"
+        )  # no text: a key?
+    if dataclasses.is_dataclass(kind):
+        fields = {field.name: field.type for field in dataclasses.fields(kind)}
+        for name, item in value.items():
+            path = f"{key}.{name}" if key else name
+            if name not in fields:
+                near = difflib.get_close_matches(name, fields, n=1)
+                hint = f"did you mean {path.removesuffix(name)}{near[0]}?" if near else f"there are {', '.join(fields)}"
+                raise UserError(f"{where}: unknown key {path}; {hint}")
+            _check(item, fields[name], where, path)
+    elif origin is dict:
+        for name, item in value.items():
+            _check(item, typing.get_args(kind)[1], where, f"{key}.{name}")
+    elif origin is list:
+        for number, item in enumerate(value):
+            _check(item, typing.get_args(kind)[0], where, f"{key}[{number}]")
 
 
 def _check_texts(given: Any, where: str, path: str = "") -> None:
@@ -86,10 +109,3 @@ def _check_texts(given: Any, where: str, path: str = "") -> None:
             _check_texts(value, where, f"{path}[{n}]")
     elif isinstance(given, str) and "${" in given:
         raise UserError(f"{where}: {path}: interpolation with ${{...}} is not supported here; write the value itself")
-
-
-def _dataclass_in(annotation: Any) -> type | None:
-    """The dataclass of `C`, `C | None`, `list[C]` or `dict[str, C]`; None for anything else."""
-    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
-        return annotation
-    return next((found for arg in getattr(annotation, "__args__", ()) if (found := _dataclass_in(arg))), None)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data_prep.images import MAX_BYTES, MAX_PIXELS, Images, check_image, open_images
 from data_prep.rejections import Rejected, Rejection, nothing_usable
-from data_prep.sources import Place, Row, Source
+from data_prep.sources import Place, Source
 from data_prep.summary import Summary, counts_of, pairs_by_rule
 from silkie_jax.corpus.reader import read_manifest
 from silkie_jax.corpus.schema import Record, Response
@@ -150,7 +150,7 @@ def _scan(rows: Source, store: Images, parse: Parser, identical_rows: str, progr
         for row in rows.scan():
             plan.rows += 1
             bar.update(row.size)
-            row_id = _id_of(row)
+            row_id = id_of(row.value)
             try:
                 if isinstance(row.value, Rejected):
                     raise row.value
@@ -317,9 +317,9 @@ def _find(draft: Draft, store: Images) -> list[str | bytes]:
     return [ref if isinstance(ref, bytes) else store.find(ref, draft.image_id) for ref in draft.images]
 
 
-def _id_of(row: Row) -> str:
+def id_of(row: Any) -> str:
     """A row's id as far as it can be read, for the list of rejections."""
-    id = row.value.get("id") if isinstance(row.value, Mapping) else None
+    id = row.get("id") if isinstance(row, Mapping) else None
     return str(id)[:300] if isinstance(id, str | int) else ""
 
 

@@ -41,7 +41,9 @@ def open_rows(path: Path, work: Path) -> Source:
         with open(folder / f"{number:04d}-{file.stem}.jsonl", "w", encoding="utf-8") as lines:
             for row in _json_rows(file) if file.suffix == ".json" else _csv_rows(file):
                 lines.write(json.dumps(row) + "\n")
-    return Source(folder)
+    source = Source(folder)
+    source.titles = [file.name for file in to_convert]
+    return source
 
 
 def write_image_rows(

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from data_prep.dedupe import Looks, look, normal_prompt
 from data_prep.images import Images, check_image, open_images, upright
+from data_prep.importing import id_of
 from data_prep.instruction_config import InstructionsConfig, SourceConfig
 from data_prep.instruction_files import is_table, open_rows, write_image_rows
 from data_prep.instruction_forms import Asked, read_row
@@ -97,6 +98,14 @@ class _Ready:
     looks: list[tuple[int, Any]]
 
 
+@dataclass(frozen=True)
+class _Refused:
+    """What cannot be an instruction: its id where it has one, and why."""
+
+    id: str
+    why: Rejected
+
+
 class _Gathering:
     """One pass over all sources; what is accepted is spooled to disk, so that memory stays flat."""
 
@@ -119,7 +128,9 @@ class _Gathering:
                 self._gather_source(name, source)
         if not self._ranks:
             first = (self.work / "rejected.jsonl").read_text(encoding="utf-8").partition("\n")[0]
-            raise UserError(f"no instruction can be used{'; the first row: ' if first else ''}{first}")
+            paths = ", ".join(source.path for source in self.config.sources.values())
+            why = f"; the first row: {first}" if first else f": {paths} holds no rows"
+            raise UserError(f"no instruction can be used{why}")
         sources = {name: dict(counts) for name, counts in self.counts.items()}
         sample = self.config.sample
         return Report(len(self._ranks) if sample is None else min(sample, len(self._ranks)), sources)
@@ -147,6 +158,9 @@ class _Gathering:
                 path, source.prompts, lambda key, count: _rank(self.config.seed, name, key)[0] % count, work,
                 self.config.max_image_bytes,
             )  # fmt: skip
+        listed = images.refused if source.images or not is_table(path) else {}  # what lies beside rows may be anything
+        for file, why in listed.items():
+            self._reject(name, Rejection(0, file, 0, "file", "", "image refused", why))
         with closing(images), ThreadPoolExecutor(self.workers) as pool:
             places = []
             for number, row in enumerate(rows.scan(), 1):
@@ -173,33 +187,37 @@ class _Gathering:
         pool: ThreadPoolExecutor,
     ) -> None:  # fmt: skip
         """Rows whose images are checked side by side, and which are accepted or not one after another."""
+        images_alone = not is_table(Path(source.path))
         values = rows.fetch_all([place for place, _, _ in chunk])
 
-        def ready(value: Any) -> list[_Ready | Rejected] | Rejected:
+        def ready(value: Any) -> list[_Ready | _Refused]:
             if isinstance(value, Rejected):
-                return value
+                return [_Refused("", value)]
             try:
                 return [self._check(asked, images) for asked in read_row(value, source.turns)]
             except Rejected as why:
-                return why
+                return [_Refused(id_of(value), why)]
 
-        for (place, number, line), results in zip(chunk, pool.map(ready, values), strict=True):
-            for result in [results] if isinstance(results, Rejected) else results:
+        for (place, number, line), value, results in zip(chunk, values, pool.map(ready, values), strict=True):
+            file = rows.titles[place.file]
+            if images_alone and not isinstance(value, Rejected):
+                file, line = value["image"], 0
+            for result in results:
                 try:
-                    if isinstance(result, Rejected):
-                        raise result
+                    if isinstance(result, _Refused):
+                        raise result.why
                     if source.quota is None or self.counts[name]["accepted"] < source.quota:
                         self._accept(name, source, number, result)
                 except Rejected as why:
-                    what = Rejection(
-                        number, rows.files[place.file].name, line, "row",
-                        f"{name}-{result.asked.id or number}" if isinstance(result, _Ready) else f"{name} {number}",
-                        why.reason, why.detail,
-                    )  # fmt: skip
-                    self.counts[name][why.reason] += 1
-                    self._rejected.write(what.to_json() + "\n")
+                    id = result.id if isinstance(result, _Refused) else result.asked.id
+                    id = f"{name}-{id or number}"
+                    self._reject(name, Rejection(number, file, line, "row", id, why.reason, why.detail))
 
-    def _check(self, asked: Asked, images: Images) -> _Ready | Rejected:
+    def _reject(self, name: str, what: Rejection) -> None:
+        self.counts[name][what.reason] += 1
+        self._rejected.write(what.to_json() + "\n")
+
+    def _check(self, asked: Asked, images: Images) -> _Ready | _Refused:
         try:
             files = []
             for ref in _find(asked, images):
@@ -209,9 +227,9 @@ class _Gathering:
                 files.append(upright(check_image(data, max_pixels=self.config.max_pixels)))
             return _Ready(asked, files, [look(data) for data in files])
         except Rejected as why:
-            return why
+            return _Refused(asked.id, why)
         except Exception as error:  # Pillow's many kinds, for files that only seem whole
-            return Rejected("unreadable image", error)
+            return _Refused(asked.id, Rejected("unreadable image", error))
 
     def _accept(self, name: str, source: SourceConfig, number: int, ready: _Ready) -> None:
         """Spools an instruction and stores its images, unless it repeats an earlier one."""
@@ -230,9 +248,7 @@ class _Gathering:
             reason = "duplicate" if all(exact) else "near duplicate"
             if self.config.duplicates == "drop":
                 raise Rejected(reason, f"of {first}")
-            self.counts[name][reason] += 1
-            what = Rejection(number, "", 0, "row", id, reason, f"of {first} (kept)")
-            self._rejected.write(what.to_json() + "\n")
+            self._reject(name, Rejection(number, "", 0, "row", id, reason, f"of {first} (kept)"))
         self._ids.add(id)
         instruction = Instruction(
             id=id,

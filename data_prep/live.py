@@ -212,8 +212,8 @@ class Lane:
         work, failures, reviewed = self.work, 0, 0
         while not work.stop:
             bound = self.expectation.bound(request.text_bytes, request.image_tokens)
-            most = self.agent.cost(*bound)
             turn = await self.limiter.acquire(sum(bound))
+            most = self.agent.cost(*self.expectation.bound(request.text_bytes, request.image_tokens))  # bills teach
             try:
                 await work.budget.reserve(most)
             except BaseException as error:
@@ -237,6 +237,10 @@ class Lane:
                 raise
             cost, at_risk = bill(self.agent, reply, most)
             known = reply.input_tokens is not None and reply.output_tokens is not None
+            if known:
+                self.expectation.observe(
+                    request.text_bytes, request.image_tokens, reply.input_tokens, reply.output_tokens  # type: ignore[arg-type]
+                )  # fmt: skip
             self.limiter.release(turn, (reply.input_tokens + reply.output_tokens) if known else None)  # type: ignore[operator]
             work.budget.settle(most, cost + at_risk)
             passing = reply.outcome in replies.PASSING
@@ -248,10 +252,6 @@ class Lane:
                 statements.append(end_request(request.id, verdict.state, attempt))
             await work.journal.write(*statements)
             work.progress.attempt(verdict.outcome, cost + at_risk)
-            if known:
-                self.expectation.observe(
-                    request.text_bytes, request.image_tokens, reply.input_tokens, reply.output_tokens  # type: ignore[arg-type]
-                )  # fmt: skip
             self._idle.add(task)
             if verdict.state != "again":
                 self._count(request, verdict, reply)

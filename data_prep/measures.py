@@ -146,6 +146,7 @@ class Measures:
 
     def _add_judgements(self, judgements: Iterable[Mapping[str, Any]], overall: list[float]) -> None:
         by_judge: dict[str, list[list[float]]] = defaultdict(list)
+        aspects: dict[str, set[str]] = {}
         for judgement in judgements:
             self.kinds[judgement["judge"]][judgement["kind"]] += 1
             rows = {
@@ -154,6 +155,7 @@ class Measures:
             }
             given = [self.overall({aspect: row[n] for aspect, row in rows.items()}) for n in range(len(overall))]
             by_judge[judgement["judge"]].append(given)
+            aspects[judgement["judge"]] = set(rows)
             self.position.add(judgement, given, overall)
         for judge, orders in by_judge.items():
             for ratings in zip(*orders, strict=True) if len(orders) > 1 else ():
@@ -162,7 +164,7 @@ class Measures:
                     self.spread_over_orders[judge].add(max(known) - min(known))
         means = {judge: [_mean(values) for values in zip(*orders, strict=True)] for judge, orders in by_judge.items()}
         for a, b in itertools.combinations(sorted(means), 2):
-            self.agreement[a, b].add(means[a], means[b])
+            self.agreement[a, b].add(means[a], means[b], alike=aspects[a] == aspects[b])
 
     def to_json(self) -> dict[str, Any]:
         """All numbers, as JSON holds them."""
@@ -266,13 +268,14 @@ class _Positions:
 
 
 class _Agreement:
-    """Of two judges: how far apart their overall ratings lie, and how often they prefer the same response."""
+    """Of two judges: how far apart their overall ratings lie, where they rate the same aspects, and how often they
+    prefer the same response."""
 
     def __init__(self) -> None:
         self.difference, self.correlation, self.same = Mean(), Correlation(), Share()
 
-    def add(self, a: list[float], b: list[float]) -> None:
-        for x, y in zip(a, b, strict=True):
+    def add(self, a: list[float], b: list[float], alike: bool) -> None:
+        for x, y in zip(a, b, strict=True) if alike else ():
             self.difference.add(abs(x - y))
         self.correlation.add_group(a, b)
         for m, n in itertools.combinations(range(len(a)), 2):

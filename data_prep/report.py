@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +145,10 @@ def _bias(places: dict[str, dict[str, Any]]) -> tuple[float, str] | None:
 
 def _run_costs(path: str | os.PathLike[str]) -> dict[str, Any]:
     with Run.open(path) as run:
-        return {"spent_at_most": round(run.spent(), 6), "agents": [asdict(row) for row in run.spending()]}
+        rows = [  # not asdict, which takes a Counter for pairs to count
+            vars(row) | {"requests": dict(row.requests), "attempts": dict(row.attempts)} for row in run.spending()
+        ]
+        return {"spent_at_most": round(run.spent(), 6), "agents": rows}
 
 
 def _choose(reader: CorpusReader, count: int, seed: int) -> list[int]:

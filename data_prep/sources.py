@@ -65,6 +65,7 @@ class Source:
         suffixes = {file.suffix for file in self.files}
         if len(suffixes) > 1:
             raise UserError(f"the folder {self.path} mixes .jsonl and .parquet files: name one of them")
+        self.titles = [file.name for file in self.files]  # by which people know them
         (self._suffix,) = suffixes
         if self._suffix not in (".jsonl", ".parquet"):
             raise UserError(f"{self.path}: rows are read from .jsonl or .parquet files (unpack or convert it first)")

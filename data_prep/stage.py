@@ -2,12 +2,12 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from data_prep.agents import Agent, read_key
-from data_prep.batch_api import run_batches
+from data_prep.batch_api import release_unsent, run_batches
 from data_prep.budget import Budget, Estimate, check_prices, estimate, usd
 from data_prep.client import Client
 from data_prep.journal import Journal
@@ -110,6 +110,8 @@ def run_stage(
     keys = {name: read_key(agent, name) for name, agent in agents.items() if not options.dry_run and not agent.local}
     if not options.dry_run:
         mark_lost(run)
+        with run.transaction():
+            release_unsent(run, stage, [name for name, agent in agents.items() if not _batches(agent, options)])
     spent = run.spent()
     try:
         with run.transaction():
@@ -171,17 +173,16 @@ async def _send(
                 while not work.stop and (busy := _with_open(run, stage, agents)):
                     for name in busy.keys() - clients.keys():
                         await clients.start(name, busy[name])
-                    batched = {n: a for n, a in busy.items() if options.batch and a.batch and not a.local}
+                    batched = {n: a for n, a in busy.items() if _batches(a, options)}
                     live = {n: a for n, a in busy.items() if n not in batched}
                     with work.stop.on_interrupt(_INTERRUPTED + (_IN_BATCHES if batched else "")):
                         await asyncio.gather(
                             run_batches(work, batched, clients, options.poll), send_all(work, live, clients)
                         )
-                    if not options.batch and not work.stop and _all_in_batches(run, stage):
+                    if not work.stop and _all_in_batches(run, stage, live):
+                        mend = "leave out batch: false" if options.batch else "add --batch"
                         work.stop.set(
-                            UserError(
-                                "the requests that are left wait in batches: add --batch to collect their replies"
-                            )
+                            UserError(f"the requests that are left wait in batches: {mend} to collect their replies")
                         )
             work.stop.raise_reason()
     finally:
@@ -221,10 +222,20 @@ def _with_open(run: Run, stage: str, agents: dict[str, Agent]) -> dict[str, Agen
     return {name: agent for name, agent in agents.items() if name in names}
 
 
-def _all_in_batches(run: Run, stage: str) -> bool:
-    left, in_batches = run.db.execute(
-        "SELECT count(*), coalesce(sum(EXISTS (SELECT 1 FROM attempts a WHERE a.request = r.id "
-        "AND a.outcome IS NULL AND a.batch IS NOT NULL)), 0) FROM requests r WHERE stage = ? AND state = 'open'",
-        (stage,),
-    ).fetchone()
+def _batches(agent: Agent, options: Options) -> bool:
+    return options.batch and agent.batch and not agent.local
+
+
+def _all_in_batches(run: Run, stage: str, names: Iterable[str]) -> bool:
+    """Whether all open requests of these agents, of which there are some, lie in batches."""
+    counts = [
+        run.db.execute(
+            "SELECT count(*), coalesce(sum(EXISTS (SELECT 1 FROM attempts a WHERE a.request = r.id "
+            "AND a.outcome IS NULL AND a.batch IS NOT NULL)), 0) FROM requests r "
+            "WHERE stage = ? AND agent = ? AND state = 'open'",
+            (stage, name),
+        ).fetchone()
+        for name in names
+    ]
+    left, in_batches = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
     return bool(left) and left == in_batches

@@ -29,6 +29,7 @@ from silkie_jax.errors import UserError
 FORMAT = 1
 DATABASE = "run.sqlite"
 _SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png"}
+_LOG_BYTES = 64 * 2**20  # that SQLite's log may keep when it has been written to the database
 _CHUNK = 256  # instructions read at a time
 
 # A request is `open` until it has its reply, then `ok`, or `failed` for good, or `postponed` where a later command may
@@ -181,21 +182,29 @@ class Run:
 
     def image_path(self, sha256: str) -> Path:
         """Where an image of the run lies."""
-        row = self.db.execute("SELECT suffix FROM images WHERE sha256 = ?", (sha256,)).fetchone()
-        if row is None:
-            raise UserError(f"the run {self.path} holds no image {sha256}")
-        return self.path / "images" / sha256[:2] / (sha256 + row[0])
+        return self._image_file(sha256)[0]
 
     def image(self, sha256: str) -> bytes:
         """The bytes of an image of the run.
 
         Raises:
-            UserError: it is missing.
+            UserError: it is missing or cut off.
         """
+        path, size = self._image_file(sha256)
         try:
-            return self.image_path(sha256).read_bytes()
+            with open(path, "rb", buffering=0) as file:
+                data = file.readall()
         except OSError as error:
             raise UserError(f"an image of the run {self.path} cannot be read ({error}): copy the run again") from None
+        if len(data) != size:
+            raise UserError(f"{path} has {len(data)} bytes, not the {size} that were stored: copy the run again")
+        return data
+
+    def _image_file(self, sha256: str) -> tuple[Path, int]:
+        row = self.db.execute("SELECT suffix, bytes FROM images WHERE sha256 = ?", (sha256,)).fetchone()
+        if row is None:
+            raise UserError(f"the run {self.path} holds no image {sha256}")
+        return Path(f"{self.path}/images/{sha256[:2]}/{sha256}{row[0]}"), row[1]
 
     def image_size(self, sha256: str) -> tuple[int, int]:
         """Width and height in pixels.
@@ -342,6 +351,7 @@ def connect(path: Path) -> sqlite3.Connection:
     try:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
+        db.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")  # planning writes all requests in one transaction
     except sqlite3.Error as error:
         db.close()
         raise UserError(f"{path} is not a run's database, or cannot be opened ({error})") from None

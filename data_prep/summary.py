@@ -9,7 +9,7 @@ from typing import Any
 from silkie_jax.corpus import pairs as rules
 from silkie_jax.corpus.schema import Record
 
-_RULES_WITHOUT_OPTIONS = ("mean_rating", "longest_as_best", "model_as_best", "best_vs_worst", "given")
+_RULES = (rules.mean_rating, rules.longest_as_best, rules.model_as_best, rules.best_vs_worst, rules.given)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def counts_of(record: Record) -> dict[str, int]:
 
 def pairs_by_rule(record: Record) -> dict[str, int]:
     """How many pairs each rule makes of a record: those without options, and each aspect alone."""
-    counts = {rule: len(rules.pairs(record, rule)) for rule in _RULES_WITHOUT_OPTIONS}
+    counts = {rule.__name__: len(rule(record)) for rule in _RULES}
     aspects = dict.fromkeys(aspect for response in record.responses for aspect in response.ratings)
     return counts | {f"aspect {aspect}": len(rules.aspect(record, aspect)) for aspect in aspects}
 

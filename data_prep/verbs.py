@@ -32,7 +32,9 @@ def add_verbs(add: Add) -> None:
     p.add_argument("--evaluation-fraction", type=float, default=0.005, metavar="F", help="how much to hold out")
     p.add_argument("--seed", type=int, default=0, help="of what is held out")
     p.add_argument("--shards", type=int, metavar="N", help="files; default: one for 1,000 instructions")
-    p.add_argument("--workers", type=int, metavar="N", help="processes; default: one for each processor")
+    p.add_argument(
+        "--workers", type=int, metavar="N", help="processes; default: one for 2,000 instructions, up to one a processor"
+    )
     p.add_argument("--runner", choices=("processes", "beam"), default="processes")
     p.add_argument("--beam-option", action="append", default=[], metavar="--KEY=VALUE", help="for Apache Beam")
 

@@ -68,7 +68,7 @@ def parse(
         finish_reason: as the server gave it; "length" and "content_filter" matter.
         refusal: the message's `refusal` field.
     """
-    reply = reply if isinstance(reply, str) else ""
+    reply = _answer(reply if isinstance(reply, str) else "")
     cut = finish_reason == "length"
     found = Found(rubric, texts)
     if len(reply) <= MAX_REPLY:
@@ -82,6 +82,15 @@ def parse(
     if kind == "unparsable" and found.broken:  # nothing it says can be placed
         ratings = {name: [math.nan] * texts for name in rubric.names}
     return Reply(kind, ratings, rationales, missing, note)
+
+
+def _answer(reply: str) -> str:
+    """A reply without the thoughts that a reasoning model shows before it: ratings there are drafts."""
+    return _THOUGHTS.sub("", reply, count=1) if "think>" in reply and len(reply) <= MAX_REPLY else reply
+
+
+# Some templates begin the thoughts in the prompt, so that only their end is seen, on a line of its own.
+_THOUGHTS = re.compile(r"\A\s*<think>.*?(?:</think>|\Z)|\A.*^[ \t]*</think>[ \t]*$", re.DOTALL | re.MULTILINE)
 
 
 def _kind(

@@ -1,6 +1,8 @@
 """Ratings and reasons as they turn up in a reply, and what remains of them when all has been read."""
 
 import math
+import re
+from functools import lru_cache
 
 from data_prep.ratings.words import rating_in
 from data_prep.rubric import Rubric, plain
@@ -12,7 +14,7 @@ class Found:
     def __init__(self, rubric: Rubric, texts: int, broken: str = ""):
         self.rubric = rubric
         self.texts = texts
-        self.aspects = {plain(name): a.name for a in rubric.aspects for name in (a.name, *a.aliases)}
+        self.aspects = _spellings(tuple((a.name, *a.aliases) for a in rubric.aspects))
         self.said: dict[tuple[str, int], set[float]] = {}
         self.reasons: dict[tuple[str, int], str] = {}
         self.broken = broken
@@ -48,3 +50,21 @@ class Found:
 
     def value(self, words: str) -> float:
         return rating_in(words, self.rubric.scale.low, self.rubric.scale.high)
+
+
+@lru_cache(64)
+def _spellings(aspects: tuple[tuple[str, ...], ...]) -> dict[str, str]:
+    """Name as it is compared -> aspect, for every aspect's name and aliases, and for what is left of each where a judge
+    leaves out a number before it or a remark in parentheses. What could be two aspects is none."""
+    full = {plain(name): names[0] for names in aspects for name in names}
+    short: dict[str, set[str]] = {}
+    for names in aspects:
+        for name in names:
+            short.setdefault(plain(_PARENTHESES.sub("", _NUMBER.sub("", name))), set()).add(names[0])
+    return {key: min(owners) for key, owners in short.items() if key and len(owners) == 1} | full
+
+
+_NUMBER = re.compile(
+    r"^\s*(?:(?:aspect|criterion|dimension)\s*\d*\s*[:.–—-]|\(?\d{1,2}[.)]|[A-Za-z][.)])\s+", re.IGNORECASE
+)
+_PARENTHESES = re.compile(r"\([^()]*\)")

@@ -109,8 +109,8 @@ def _outer(kind: str, outer: str, levels: dict[str, int], seen: "_Line") -> str:
     """Which kind of heading encloses the other, seeing one more of `kind`."""
     if seen.hashes:
         levels.setdefault(kind, seen.hashes)
-    if len(set(levels.values())) == 2:
-        return min(levels, key=lambda name: levels[name])
+    if len(levels) == 2 and levels["aspect"] != levels["text"]:
+        return "aspect" if levels["aspect"] < levels["text"] else "text"
     return outer or kind
 
 
@@ -122,6 +122,7 @@ class _Line(NamedTuple):
         heading: whether it is marked as one, by hashes or in bold.
         hashes: how many, 0 for none.
         name, after: what stands before a colon, as names are compared, and after it; "" where it is too long for one.
+        whole: all of it, as names are compared.
         text: number of the text that it begins with and what follows; None where it begins otherwise.
     """
 
@@ -130,6 +131,7 @@ class _Line(NamedTuple):
     hashes: int = 0
     name: str = ""
     after: str = ""
+    whole: str = ""
     text: tuple[int, str] | None = None
 
 
@@ -151,6 +153,7 @@ def _look(line: str) -> _Line:
         len(hashes.group(1)) if hashes else 0,
         plain(before) if len(before) <= _LONGEST_NAME else "",
         after,
+        plain(words) if len(words) <= _LONGEST_NAME else "",
         text,
     )
 
@@ -173,7 +176,8 @@ def _aspect_heading(seen: _Line, found: Found) -> tuple[str | None, str]:
     """The aspect that a line names and what it says of it: ("Helpfulness", "") for a heading, ("...", "4") for both."""
     named = found.aspects.get(seen.name)
     if not named:
-        return None, ""
+        whole = found.aspects.get(seen.whole)  # a name that holds a colon
+        return (whole, "") if whole and seen.heading else (None, "")
     if _states_rating(seen.after, found):
         return named, seen.after
     return (named, "") if seen.heading or not seen.after.strip(MARKS) else (None, "")

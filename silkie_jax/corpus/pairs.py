@@ -152,6 +152,7 @@ def _all_pairs(scores: Sequence[float]) -> Pairs:
     return found
 
 
+@functools.lru_cache(256)
 def _plain(model: str) -> str:
     return "".join(character for character in model.casefold() if character.isalnum())
 

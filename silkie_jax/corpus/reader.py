@@ -161,11 +161,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     file = path / shards.MANIFEST
     if not path.is_dir():
-        raise UserError(f"there is no corpus at {path}: make one with `silkie corpus import`")
+        raise UserError(f"there is no corpus at {path}: make one with `silkie corpus import` or `build`")
     if not file.exists():
         if (path / shards.BUILDING).exists():
             raise UserError(f"the corpus at {path} is unfinished: rerun the same `silkie corpus import` to complete it")
-        raise UserError(f"{path} is not a corpus: it has no {shards.MANIFEST}; make one with `silkie corpus import`")
+        raise UserError(
+            f"{path} is not a corpus: it has no {shards.MANIFEST}; make one with `silkie corpus import` or `build`"
+        )
     try:
         manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         found = manifest["format"]

@@ -122,14 +122,13 @@ def to_example(record: Record) -> bytes:
     }
     example = proto.Example()
     feature = example.features.feature
-    for key, values in texts.items():
+    files = {"images": record.images} | {key: [value.encode() for value in values] for key, values in texts.items()}
+    for key, values in files.items():
         feature[key].bytes_list.SetInParent()  # an empty list must still say what it is a list of
-        feature[key].bytes_list.value.extend(value.encode() for value in values)
+        feature[key].bytes_list.value.extend(values)
     for key, indices in numbers.items():
         feature[key].int64_list.SetInParent()
         feature[key].int64_list.value.extend(indices)
-    feature["images"].bytes_list.SetInParent()
-    feature["images"].bytes_list.value.extend(record.images)
     return example.SerializeToString(deterministic=True)
 
 
@@ -182,8 +181,11 @@ def codec() -> Any:
     return tf_example_pb2
 
 
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))  # json.dumps makes one a call
+
+
 def _to_json(value: Mapping[str, Any]) -> str:
-    return json.dumps(dict(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _encoder.encode(dict(value))
 
 
 def _ratings_to_json(ratings: Mapping[str, float]) -> str:

@@ -19,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ MANIFEST = "corpus.json"
 INDEX = "index.jsonl"
 BUILDING = ".building"
 _SHARD_NAME = re.compile(r"[a-z][a-z0-9_]*-train\.array_record-\d{5}-of-\d{5}")
+_WRITER_OPTIONS = "group_size:1,zstd:-1"  # random access; this level shrinks texts and wastes no time on images
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
@@ -143,12 +144,18 @@ class CorpusBuilder:
             return None
         return entry
 
-    def write(self, number: int, key: str, records: Iterable[schema.Record], notes: dict[str, Any]) -> Entry:
+    def has_entry(self, number: int) -> bool:
+        """Whether an earlier run left something for `finished` to look at."""
+        return self._entry_path(number).exists()
+
+    def write(
+        self, number: int, key: str | Callable[[], str], records: Iterable[schema.Record], notes: dict[str, Any]
+    ) -> Entry:
         """Writes a shard from a stream of records; the same records give the same bytes.
 
         Args:
             number: which shard.
-            key: a hash of the input, which a later run hands to `finished`.
+            key: a hash of the input, which a later run hands to `finished`; or what gives it after `records`.
             records: consumed one at a time.
             notes: JSON values to keep with the entry; read after `records` is exhausted, so the stream may fill them.
         """
@@ -161,7 +168,8 @@ class CorpusBuilder:
                 index.append(index_line(record, data))
                 yield data
 
-        entry = Entry(key, _write_array_record(path, self._state / f"{path.name}.tmp", encoded()), index, notes)
+        shard = _write_array_record(path, self._state / f"{path.name}.tmp", encoded())
+        entry = Entry(key if isinstance(key, str) else key(), shard, index, notes)
         write_file(self._entry_path(number), [json.dumps(asdict(entry), ensure_ascii=False)], temporary_in=self._state)
         return entry
 
@@ -248,7 +256,7 @@ def _write_array_record(path: Path, temporary: Path, records: Iterable[bytes]) -
     from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
     count = 0
-    writer = ArrayRecordWriter(str(temporary), "group_size:1")
+    writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
     try:
         for data in records:
             with _named_errors(path):

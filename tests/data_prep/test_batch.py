@@ -10,6 +10,7 @@ from data_prep.rate import rate
 from data_prep.respond import respond
 from data_prep.stage import Options
 from data_prep.store import Run
+from silkie_jax.cli import main
 from silkie_jax.errors import UserError
 from tests.data_prep.runs import QUIET, cents, everything, make_run, start, write_judge, write_pool
 from tests.data_prep.server import Script, Server
@@ -38,6 +39,13 @@ def test_batches_give_what_live_requests_give_at_half_the_price(tmp_path):
     assert outcome.spent == pytest.approx(cents(server) / 2)
     assert set(server.paid().values()) == {1}
     assert not list((tmp_path / "run" / "batches").iterdir())
+
+
+def test_looks_at_a_batch_lie_apart(tmp_path, capsys):
+    make_run(tmp_path / "run", 1)
+    pool = write_pool(tmp_path / "pool", "http://127.0.0.1:9/v1")
+    assert main(["corpus", "respond", str(tmp_path / "run"), "--pool", str(pool), "--batch", "--poll", "0"]) == 1
+    assert "--poll: 0 is not a positive number of seconds" in capsys.readouterr().err
 
 
 def test_files_are_split_by_size(tmp_path):
@@ -71,6 +79,39 @@ def test_a_refused_batch_stops_and_costs_nothing(tmp_path):
         with Run.open(tmp_path / "run") as run:
             assert run.spent() == 0
         assert respond(tmp_path / "run", pool, BATCH).states == {"ok": 5}
+
+
+def test_an_endpoint_without_a_batch_api(tmp_path, monkeypatch):
+    route = Server._route
+
+    async def chat_alone(self, method, path, headers, body):
+        return await route(self, method, path if "chat" in path else "/elsewhere", headers, body)
+
+    monkeypatch.setattr(Server, "_route", chat_alone)
+    with Server() as server:
+        make_run(tmp_path / "run", 3)
+        with pytest.raises(UserError, match=r"m0: its endpoint has no Batch API \(set batch: false for it\)"):
+            respond(tmp_path / "run", write_pool(tmp_path / "pool", server.url, ("m0",), ONE), BATCH)
+        pool = write_pool(tmp_path / "pool", server.url, ("m0",), ONE, batch=False)
+        assert respond(tmp_path / "run", pool, BATCH).states == {"ok": 3}
+    assert set(server.paid().values()) == {1}
+    assert not list((tmp_path / "run" / "batches").iterdir())
+
+
+def test_what_a_batch_holds_is_not_sent_in_another_way(tmp_path):
+    script = Script(polls=10**9)
+    with Server(script) as server:
+        make_run(tmp_path / "run", 3)
+        pool = write_pool(tmp_path / "pool", server.url, ("m0",), ONE)
+        process = start("respond", tmp_path / "run", "--pool", pool, "--batch", "--poll", "0.05")
+        while sum(batch["looks"] for batch in server.batches.values()) < 2:
+            time.sleep(0.02)
+        process.kill()
+        process.communicate()
+        write_pool(pool, server.url, ("m0",), ONE, batch=False)
+        with pytest.raises(UserError, match="wait in batches: leave out batch: false"):
+            respond(tmp_path / "run", pool, BATCH)
+        assert not server.paid()
 
 
 def test_too_much_at_once_is_sent_in_smaller_files(tmp_path, monkeypatch):

@@ -63,6 +63,27 @@ def test_a_server_that_bills_more_than_expected_is_found_out_by_one_request(tmp_
         assert 0.01 < cents(server) <= 0.02
 
 
+def test_replies_longer_than_allowed_are_found_out_by_one_request(tmp_path, monkeypatch):
+    """A server that bills thoughts beside `max_tokens`: three times as much as a reply can have."""
+    from tests.data_prep import server as scripted
+
+    complete = scripted.complete
+
+    def thoughtful(*arguments):
+        reply = complete(*arguments)
+        reply["usage"]["completion_tokens"] = 600
+        return reply
+
+    monkeypatch.setattr(scripted, "complete", thoughtful)
+    with Server() as server:
+        make_run(tmp_path / "run", 60, STATED)
+        pool = write_pool(tmp_path / "pool", server.url, ("m0",), {"models_per_instruction": 1})
+        for limit in (0.1, 0.15):
+            with pytest.raises(UserError, match="budget"):
+                respond(tmp_path / "run", pool, spending(limit))
+            assert limit * 0.7 < cents(server) <= limit
+
+
 def test_a_price_is_needed(tmp_path):
     make_run(tmp_path / "run", 1)
     pool = write_pool(tmp_path / "pool", "http://127.0.0.1:9/v1", price=None)

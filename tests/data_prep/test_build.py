@@ -103,7 +103,9 @@ def test_orders_and_judges_are_averaged_and_gaps_stay_gaps(tmp_path):
     assert all(math.isnan(rating) for r in only[1].responses for rating in r.ratings.values())
 
 
-def test_more_processes_give_the_same_bytes(run, corpus, tmp_path):
+@pytest.mark.parametrize("threaded", [set(), {"sys"}], ids=["forked", "forked by a server"])
+def test_more_processes_give_the_same_bytes(run, corpus, tmp_path, monkeypatch, threaded):
+    monkeypatch.setattr("data_prep.build._THREADED", threaded)
     build(run, tmp_path / "corpus", shards=4, workers=2, progress=False)
     assert files(tmp_path / "corpus") == files(corpus)
 
@@ -195,6 +197,16 @@ def test_mistakes_are_one_line(tmp_path):
         run.save_settings("judge:b", {"rubric": rubric})
     with pytest.raises(UserError, match="judges a and b rate Helpfulness from 1 to 5 and from 1 to 10"):
         build(tmp_path / "run", tmp_path / "corpus", **QUIET)
+    for options, words in (
+        ({"shards": 0}, "shards: 0 is not at least 1"),
+        ({"workers": 0}, "workers: 0 is not at least 1"),
+        ({"beam_options": ["--runner=FlinkRunner"]}, "--beam-option --runner=FlinkRunner: add --runner beam"),
+        ({"evaluation": tmp_path / "corpus"}, "name a folder of its own"),
+        ({"evaluation": tmp_path / "corpus" / "held-out"}, "name a folder of its own"),
+    ):
+        with pytest.raises(UserError, match=words):
+            build(tmp_path / "run", tmp_path / "corpus", **QUIET | options)
+        assert not (tmp_path / "corpus").exists()
     with Run.create(tmp_path / "empty"):
         pass
     with pytest.raises(UserError, match="no instructions yet"):

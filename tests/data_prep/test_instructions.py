@@ -305,6 +305,25 @@ def test_hostile_tars_and_links(tmp_path, folder):
         gather(tmp_path, source, run="other")
 
 
+def test_what_was_left_out_is_named_as_its_owner_knows_it(tmp_path, folder):
+    (folder / "damaged.png").write_bytes(b"no image")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as images:
+        images.write(folder / "0.jpg", "sub/0.jpg")
+        images.writestr("sub/damaged.png", b"no image")
+        images.writestr("../up.jpg", b"")
+    gather(tmp_path, {"s": {"path": str(tmp_path / "images.zip")}}, run="zip")
+    refused, damaged = rejected(tmp_path, "zip")
+    assert (refused["what"], refused["file"], refused["reason"]) == ("file", "../up.jpg", "image refused")
+    assert (damaged["what"], damaged["file"], damaged["id"]) == ("row", "sub/damaged.png", "s-sub/damaged")
+
+    rows = [{"id": 7, "image": "damaged.png", "prompt": "p"}, {"id": "x", "prompt": ""}, {"prompt": "ok"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    gather(tmp_path, {"s": {"path": str(tmp_path / "rows.json"), "images": str(folder)}}, run="json")
+    damaged, empty = rejected(tmp_path, "json")
+    assert (damaged["file"], damaged["line"], damaged["id"]) == ("rows.json", 1, "s-7")
+    assert (empty["file"], empty["line"], empty["id"]) == ("rows.json", 2, "s-x")
+
+
 def test_the_same_again_does_nothing_and_another_is_refused_once_asked(tmp_path, folder):
     source = {"s": {"path": str(folder)}}
     report, instructions = gather(tmp_path, source)
@@ -355,6 +374,8 @@ def test_configuration_from_yaml_and_from_a_command_line(tmp_path, folder):
 def test_nothing_usable_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"no instruction can be used; the first row: .*no prompt"):
         gather(tmp_path, {"s": {"path": write(tmp_path / "rows.jsonl", [{"x": 1}])}})
+    with pytest.raises(UserError, match=r"no instruction can be used: .*rows.jsonl holds no rows"):
+        gather(tmp_path, {"s": {"path": write(tmp_path / "rows.jsonl", [])}})
 
 
 def test_random_damage_never_crashes(tmp_path, folder):

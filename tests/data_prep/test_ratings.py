@@ -44,6 +44,9 @@ COMPLETE = {
     "the asked form": "#### Aspect A Assessment\n##### Output for Text 1\nRating: 4\nRationale: r\n##### Output for Text 2\n"
     "Rating: 2\nRationale: r\n\n#### Beta Thing Assessment\n##### Output for Text 1\nRating: 5\nRationale: r\n"
     "##### Output for Text 2\nRating: 1\nRationale: r",
+    "after thoughts": f"<think>\n{text_form({name: [1, 1] for name in WANTED}, SMALL)}\n</think>\n\n" + text_form(WANTED, SMALL),
+    "after thoughts whose beginning stands in the prompt": "Text 1 looks better.\nRating: 3\n</think>\n" + text_form(WANTED, SMALL),
+    "JSON after thoughts": '<think>{"Aspect A": {"Text 1": 1}}</think>{"Aspect A": [4, 2], "Beta Thing": [5, 1]}',
     "out of five": text_form(WANTED, SMALL, "Rating: {}/5"),
     "out of five, words": text_form(WANTED, SMALL, "Rating: {} out of 5"),
     "decimals": text_form(WANTED, SMALL, "Rating: {}.0"),
@@ -285,6 +288,28 @@ def test_unparsable(reply):
     assert result.kind == "unparsable"
     assert result.retry
     assert len(result.missing) == 12
+
+
+@pytest.mark.parametrize(
+    "name", ["Tone (politeness)", "5. Tone", "Q1: relevance", "Truth / honesty", "Text 1 quality", "安全"]
+)
+def test_any_name_of_an_aspect_is_found_in_the_form_that_is_asked_for(name):
+    rubric = make({"name": "own", "aspects": [{"name": name}, {"name": "Other"}]}, Rubric)
+    wanted = {name: [4, 2], "Other": [5, 1]}
+    assert same(parse(text_form(wanted, rubric), rubric, 2).ratings, wanted)
+    assert same(parse(json.dumps(wanted), rubric, 2).ratings, wanted)
+
+
+def test_what_is_left_of_two_names_alike_is_neither():
+    rubric = make({"name": "own", "aspects": [{"name": "Tone (formal)"}, {"name": "Tone (warm)"}]}, Rubric)
+    assert parse("#### Tone Assessment\n##### Output for Text 1\nRating: 4", rubric, 1).kind == "unparsable"
+
+
+def test_thoughts_alone_are_no_ratings():
+    draft = text_form(WANTED, SMALL)
+    assert parse(f"<think>\n{draft}", SMALL, 2, finish_reason="length").kind == "truncated"
+    quoted = text_form(WANTED, SMALL).replace("because of 2", 'it says "</think>", which is odd')
+    assert same(parse(quoted, SMALL, 2).ratings, WANTED)
 
 
 def test_another_scale_and_other_aspects_are_a_file():

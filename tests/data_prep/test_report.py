@@ -82,6 +82,18 @@ def test_costs_are_those_of_the_run(judged):
     assert sum(row["ok"] for row in numbers["spending"]) == 48 * 5
 
 
+def test_the_page_says_what_the_whole_run_cost(tmp_path):
+    run = fill(tmp_path / "run", 3)
+    build(run, tmp_path / "corpus", **QUIETLY)
+    page = write_report(tmp_path / "corpus", tmp_path / "page.html", run=run, progress=False)
+    agents = json.loads(page.with_suffix(".json").read_text())["run"]["agents"]
+    (judge,) = [row for row in agents if row["agent"] == "judge"]
+    assert (judge["requests"], judge["attempts"]) == ({"ok": 3}, {"ok": 3})
+    assert judge["cost"] == pytest.approx(0.003)
+    assert "The whole run, attempts in vain included" in page.read_text()
+    assert "<td>ok 3 </td>" in page.read_text()
+
+
 def test_an_unbiased_judge_is_not_accused(tmp_path):
     build(fill(tmp_path / "run", 60), tmp_path / "corpus", **QUIETLY)
     assert not [line for line in remarks(measure(CorpusReader(tmp_path / "corpus"))) if "place" in line]
@@ -129,6 +141,18 @@ def test_judges_are_compared(tmp_path):
     assert found["judges"] == ["a", "b"]
     assert 0.7 < found["same_preference"]["share"] < 0.9
     assert 0 < found["correlation_within_instructions"]["r"] < 1
+
+
+def test_judges_of_different_aspects_are_compared_by_what_they_prefer():
+    judgements = [
+        {"judge": judge, "order": 0, "kind": "complete", "shown": [0, 1], "ratings": {aspect: ratings}}
+        for judge, aspect, ratings in (("a", "A", [1, 5]), ("b", "B", [70, 90]), ("c", "A", [3, 4]))
+    ]
+    measures = Measures()
+    measures.add(record(0, [1, 5], extra={"judgements": judgements}))
+    found = {"".join(row["judges"]): row for row in measures.to_json()["agreement"]}
+    assert {pair: row["same_preference"]["share"] for pair, row in found.items()} == {"ab": 1, "ac": 1, "bc": 1}
+    assert {pair: row["mean_difference"]["n"] for pair, row in found.items()} == {"ab": 0, "ac": 2, "bc": 0}
 
 
 def test_refusals_and_unparsable_replies_are_counted(tmp_path):

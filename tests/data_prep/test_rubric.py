@@ -94,6 +94,14 @@ def test_a_rubric_read_back_from_json_is_the_same():
         ("name: x\naspects: [{name: A, weight: -1}]", "weight must be a number of at least 0"),
         ("name: x\nscale: {low: 5, high: 1}\naspects: [{name: A}]", "scale.low 5 must be below"),
         ("name: x\ntemplate: gone.j2\naspects: [{name: A}]", "cannot be read"),
+        ("name: x\naspects: {A: 1}", "aspects must be a list, not keys and values"),
+        ("name: x\naspects: [A, B]", r"aspects\[0\] must be keys and values, not a text"),
+        ("name: x\nscale: 5\naspects: [{name: A}]", "scale must be keys and values, not 5"),
+        ("name: x\nscale: {low: one}\naspects: [{name: A}]", "scale.low must be a whole number, not a text"),
+        ("name: x\nscale: {high: 4.5}\naspects: [{name: A}]", "scale.high must be a whole number, not 4.5"),
+        ("name: x\nrationale: often\naspects: [{name: A}]", "rationale must be true or false, not a text"),
+        ("name:\naspects: [{name: A}]", "name must be a text, not null"),
+        ("name: x\naspects: [{name: A, weight: true}]", r"aspects\[0\].weight must be a number, not true"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, text, message):

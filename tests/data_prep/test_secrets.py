@@ -102,6 +102,8 @@ def test_a_wrong_key_is_not_repeated(tmp_path, key, batch):
         ({"timeout": 0}, "timeout must be positive"),
         ({"model": ""}, "model must be set"),
         ({"price": {"input": 1}}, "price.output must be set"),
+        ({"api_key_env": [KEY]}, "models.m.api_key_env must be a text, not a list"),
+        ({"sampling": KEY}, "models.m.sampling must be keys and values, not a text"),
         ({"concurency": 3}, "did you mean models.m.concurrency"),
     ],
 )

@@ -29,6 +29,14 @@ def test_images_are_stored_once(tmp_path):
             run.image("../../etc/passwd")
 
 
+def test_a_cut_off_image_is_one_line(tmp_path):
+    with Run.create(tmp_path / "run") as run:
+        sha256 = run.add_image(picture(1))
+        run.image_path(sha256).write_bytes(picture(1)[:-1])
+        with pytest.raises(UserError, match=r"has \d+ bytes, not the \d+ that were stored: copy the run again"):
+            run.image(sha256)
+
+
 def test_instructions_come_back_as_they_went_in(tmp_path):
     given = [
         Instruction("a", "what?", ("0" * 64,), (("q", "a"), ("é", "漢")), "svit", "CC-BY-4.0", {"n": [1, None]}),
