@@ -123,26 +123,27 @@ def make_row(
             )
 
     kept = [encoded[index] for index in responses]
-    lengths = [min(len(ids), limit) for ids, _ in kept]
-    starts = np.cumsum([len(prompt), *lengths])  # of each branch in the row, and the row's end
-    labelled = [np.flatnonzero(is_label[:limit]) for _, is_label in kept]  # offsets in the branch
-    each = np.arange(1, len(kept) + 1, dtype=np.int32)
+    tokens, label_at, shifts = [*prompt], [], [0]
+    for ids, labelled in kept:
+        start = len(tokens)
+        tokens += ids[:limit]
+        label_at.append(np.flatnonzero(labelled[:limit]) + start)
+        shifts.append(start - len(prompt))
+    lengths = [len(prompt), *(min(len(ids), limit) for ids, _ in kept)]
+    numbers = np.arange(len(lengths), dtype=np.int32)
+    row_tokens, at = np.array(tokens, np.int32), np.concatenate(label_at).astype(np.int32)
+    # The first token of every branch is predicted by the last one of the prompt, each other one by that before it.
+    first = np.cumsum([0, *(len(some) for some in label_at[:-1])])
+    predecessors = at - 1
+    predecessors[first] = len(prompt) - 1
     return Row(
         id=record.id,
-        tokens=np.concatenate([np.array(part, np.int32) for part in (prompt, *(ids[:limit] for ids, _ in kept))]),
-        positions=np.concatenate(
-            [np.arange(len(prompt), dtype=np.int32), *(np.arange(n, dtype=np.int32) + len(prompt) for n in lengths)]
-        ),
-        branches=np.repeat(np.append(np.int32(0), each), [len(prompt), *lengths]),
-        predecessors=np.concatenate(
-            # The first token of every branch is predicted by the last one of the prompt.
-            [
-                np.where(at == 0, len(prompt), start + at).astype(np.int32) - 1
-                for at, start in zip(labelled, starts, strict=False)
-            ]
-        ),
-        labels=np.concatenate([np.array(ids, np.int32)[at] for (ids, _), at in zip(kept, labelled, strict=True)]),
-        label_branches=np.repeat(each, [len(at) for at in labelled]),
+        tokens=row_tokens,
+        positions=np.arange(len(tokens), dtype=np.int32) - np.repeat(np.array(shifts, np.int32), lengths),
+        branches=np.repeat(numbers, lengths),
+        predecessors=predecessors,
+        labels=row_tokens[at],
+        label_branches=np.repeat(numbers[1:], [len(some) for some in label_at]),
         pairs=np.array([(number[a], number[b]) for a, b in pairs], np.int32).reshape(-1, 2),
         responses=tuple(responses),
         images=tuple(record.images),

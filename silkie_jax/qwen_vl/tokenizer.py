@@ -11,8 +11,8 @@ import hashlib
 import itertools
 import re
 import unicodedata
-from collections.abc import Collection, Iterable
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import tiktoken
@@ -99,12 +99,20 @@ class Tokenizer:
         `<imgpad>`. Raises UserError for an unclosed `<img>`, a path of more than 256 bytes or one with special
         tokens in it.
         """
+        if specials is False:  # the words of the prompt's form come again with every row
+            return list(self._known(text)) if len(text) <= 32 else self._encode_ordinary(text)
         pieces = _cut_blanks(unicodedata.normalize("NFC", text))
-        if specials is False:
-            return [i for piece in pieces for i in self.bpe.encode_ordinary(piece)]
         allowed = set(SPECIALS if specials is True else specials)
         ids = [i for piece in pieces for i in self.bpe.encode(piece, allowed_special=allowed, disallowed_special=())]
         return self._pad_paths(ids) if self.img in ids else ids
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        pieces = _cut_blanks(unicodedata.normalize("NFC", text))
+        return [i for piece in pieces for i in self.bpe.encode_ordinary(piece)]
+
+    @cached_property
+    def _known(self) -> Callable[[str], list[int]]:
+        return lru_cache(1024)(self._encode_ordinary)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False, errors: str = "replace") -> str:
         """Text of token ids, in whatever order a model wrote them.
