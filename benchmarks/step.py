@@ -93,7 +93,7 @@ def random_state(program: Any) -> Any:
 def make_batch(config: Any, train: TrainConfig, tokens: int | None) -> tuple[dict[str, np.ndarray], Any, Any]:
     """(arrays [A, B, ...], shape, work) of one step. `tokens` replaces the length that rows are padded to."""
     from silkie_jax.preference.batches import collate, make_shape
-    from silkie_jax.preference.plan import row_sizes
+    from silkie_jax.preference.layout import row_sizes
 
     count = train.batch_rows * train.accumulate
     made = make_instructions(config, count)

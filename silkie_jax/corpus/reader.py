@@ -5,13 +5,15 @@ import hashlib
 import json
 import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, TypeVar
 
 from silkie_jax.corpus import schema, shards
 from silkie_jax.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,13 @@ class CorpusReader:
 
     def batch(self, indices: Sequence[SupportsIndex]) -> list[schema.Record]:
         """Several records at once, in the order asked for; shards are read in parallel."""
-        return [self._decode(data, index) for data, index in zip(self.encoded(indices), indices, strict=True)]
+        found = zip(self.encoded(indices), indices, strict=True)
+        return [self._decode(data, index, schema.from_example) for data, index in found]
+
+    def images(self, indices: Sequence[SupportsIndex]) -> list[tuple[bytes, ...]]:
+        """The images alone of several records, as encoded files."""
+        found = zip(self.encoded(indices), indices, strict=True)
+        return [self._decode(data, index, schema.images_of) for data, index in found]
 
     def encoded(self, indices: Sequence[SupportsIndex]) -> list[bytes]:
         """The stored bytes of several records (see `schema.from_example`)."""
@@ -143,9 +151,9 @@ class CorpusReader:
             raise IndexError(f"record {position} of a corpus of {len(self)}")
         return position % len(self)
 
-    def _decode(self, data: bytes, index: SupportsIndex) -> schema.Record:
+    def _decode(self, data: bytes, index: SupportsIndex, read: Callable[[bytes], T]) -> T:
         try:
-            return schema.from_example(data)
+            return read(data)
         except ValueError as error:
             raise self._damaged(f"record {operator.index(index)} is {error}") from error
 

@@ -173,6 +173,18 @@ def from_example(data: bytes) -> Record:
     )
 
 
+def images_of(data: bytes) -> tuple[bytes, ...]:
+    """The images of an encoded record, without the rest of it.
+
+    Raises:
+        ValueError: the bytes are not a record.
+    """
+    try:
+        return tuple(codec().Example.FromString(data).features.feature["images"].bytes_list.value)
+    except Exception as error:
+        raise ValueError(f"not a tf.train.Example: {error}") from error
+
+
 @functools.cache
 def codec() -> Any:
     """The module of the Example message, which TFDS carries so that TensorFlow is not needed."""

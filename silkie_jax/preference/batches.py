@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from silkie_jax.corpus import CorpusReader, Record
 from silkie_jax.corpus.pairs import Rule, pairs
 from silkie_jax.errors import UserError
+from silkie_jax.preference.layout import Layout
 from silkie_jax.preference.plan import Plan
 from silkie_jax.preference.rows import ROW_FORM, Row, make_row
 from silkie_jax.preference.work import Work, response_lengths, row_work
@@ -103,6 +104,7 @@ class BatchSource:
       local: says which of so many sequences this host's devices hold (None: all). Others get no pixels.
       pack: tokens up to which short rows are packed into one sequence; None: a sequence is a row.
       reference: stored log-probabilities, where they are used.
+      layout: the rows, where they are kept; otherwise they are laid out again.
     """
 
     def __init__(
@@ -120,12 +122,13 @@ class BatchSource:
         local: Callable[[int], Bool[np.ndarray, "B"]] | None = None,
         pack: int | None = None,
         reference: ReferenceLogps | None = None,
+        layout: Layout | None = None,
     ):
         self.corpus, self.indices, self.plan = corpus, indices, plan
         self.tokenizer, self.options, self.reference = tokenizer, options, reference
         self.image_size, self.rows, self.accumulate, self.shards = image_size, rows, accumulate, shards
         self.local = local or (lambda count: np.ones(count, bool))
-        self.pack = pack
+        self.pack, self.layout = pack, layout
         self._widest: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     @property
@@ -169,8 +172,8 @@ class BatchSource:
         """Reads, lays out and decodes one step."""
         grid, shape = self.groups(step), self.shape(step)
         wanted = [int(self.indices[i]) for group in grid for i in group]
-        records = dict(zip(wanted, self.corpus.batch(wanted), strict=True))
-        rows = [[self._row(records[int(self.indices[i])]) for i in group] for group in grid]
+        made = iter(self._rows(wanted))
+        rows = [[next(made) for _ in group] for group in grid]
         flat = collate(rows, shape, self.tokenizer.end_of_text)
         local = np.tile(self.local(shape.sequences), self.accumulate)
         flat |= decode_images(rows, shape.images, self.image_size, local)
@@ -191,10 +194,17 @@ class BatchSource:
         options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
         return iter(steps.to_iter_dataset(options))
 
-    def _row(self, record: Record) -> Row:
-        row = self.options.row(self.tokenizer, record)
-        assert row is not None, f"record {record.id} was usable when it was measured"
-        return row
+    def _rows(self, indices: list[int]) -> list[Row]:
+        """Rows of these records of the corpus."""
+        if self.layout is not None and self.layout.has_rows:
+            found = zip(indices, self.corpus.images(indices), strict=True)
+            return [self.layout.row(i, self.corpus.index[i].id, images) for i, images in found]
+        rows = []
+        for record in self.corpus.batch(indices):
+            row = self.options.row(self.tokenizer, record)
+            assert row is not None, f"record {record.id} was usable when it was measured"
+            rows.append(row)
+        return rows
 
 
 def _work(row: Row) -> Work:

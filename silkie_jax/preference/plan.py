@@ -6,95 +6,20 @@ still a near-random sample. (Padding shuffled data fills half of a batch only.)
 """
 
 import bisect
-import hashlib
-import json
-import os
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Int
-from tqdm import tqdm
-
-from silkie_jax.corpus import CorpusReader, Record
-from silkie_jax.preference.rows import Row, RowTooLong
 
 WINDOW = 64  # steps that are sorted by length together
-UNUSABLE, TOO_LONG = -1, 0  # in the place of a row's tokens: nothing to train on; images that leave no room for a reply
-SIZES = ("tokens", "labels", "pairs", "images", "branches", "cut")
-
-
-def row_sizes(row: Row) -> tuple[int, ...]:
-    """SIZES of a row; `cut` counts the tokens that its length limit left out."""
-    cut = row.dropped_prompt + sum(row.dropped_responses)
-    return len(row.tokens), len(row.labels), len(row.pairs), len(row.images), len(row.responses), cut
-
-
-def measure(
-    corpus: CorpusReader, make: Callable[[Record], Row | None], key: dict[str, object], workers: int = 2
-) -> Int[np.ndarray, "R 6"]:
-    """SIZES of every record's row; UNUSABLE (`make` gave None) or TOO_LONG stands in the place of the tokens.
-
-    Laying out all rows takes about a minute for 80k instructions, so the outcome is kept beside the corpus under what
-    it depends on, `key`; where the folder cannot be written it is measured again.
-    """
-    name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    cache = corpus.path / "sizes" / f"{name}.npy"
-    known = _load(cache, len(corpus))
-    if known is not None:
-        return known
-    table = np.zeros((len(corpus), len(SIZES)), np.int32)
-
-    def fill(first: int) -> int:
-        some = range(first, min(first + 256, len(corpus)))
-        for i, record in zip(some, corpus.batch(some), strict=True):
-            try:
-                row = make(record)
-            except RowTooLong:
-                table[i, 0] = TOO_LONG
-                continue
-            if row is None:
-                table[i, 0] = UNUSABLE
-            else:
-                table[i] = row_sizes(row)
-        return len(some)
-
-    with (
-        ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(corpus), desc="row lengths", unit="row", leave=False, disable=len(corpus) < 4096) as bar,
-    ):
-        for count in pool.map(fill, range(0, len(corpus), 256)):
-            bar.update(count)
-    _store(cache, table)
-    return table
-
-
-def _load(path: Path, records: int) -> np.ndarray | None:
-    try:
-        table = np.load(path)
-    except (OSError, ValueError):
-        return None
-    return table if table.shape == (records, len(SIZES)) else None
-
-
-def _store(path: Path, table: np.ndarray) -> None:
-    try:
-        path.parent.mkdir(exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.tmp")
-        with part.open("wb") as file:
-            np.save(file, table)
-        os.replace(part, path)
-    except OSError:  # a corpus on a read-only disk is as good as another
-        return
 
 
 class Plan:
     """The steps of a run.
 
     Args:
-      sizes: SIZES of each record that is trained on, [I, 6].
+      sizes: SIZES (layout.py) of each record that is trained on, [I, 6].
       rows: most instructions of a step.
       pairs: most pairs of a step; None: not limited. A row's pairs stay together.
       seed: of the order; None: the records' own order, unsorted.

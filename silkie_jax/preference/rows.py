@@ -13,10 +13,10 @@ training (ChatML through Qwen's `preprocess`, trl 0.7.2's truncation), except th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
 from silkie_jax.errors import UserError
 from silkie_jax.qwen_vl import chat
@@ -109,8 +109,8 @@ def make_row(
     messages = _prompt_messages(tokenizer, record, specials)
     prompt = [token for message in messages for token in message.tokens]
     whole_prompt = len(prompt)
-    encoded = [encode_response(tokenizer, response.text, specials) for response in record.responses]
-    limit = max(len(tokens) for tokens, _ in encoded)
+    encoded = [_response_tokens(tokenizer, response.text, specials) for response in record.responses]
+    limit = max(map(len, encoded))
     if len(prompt) + limit > max_length:
         prompt = _shorten(tokenizer, messages, max_prompt_length, max_length - limit)
     if len(prompt) + limit > max_length:
@@ -123,32 +123,68 @@ def make_row(
             )
 
     kept = [encoded[index] for index in responses]
-    tokens, label_at, shifts = [*prompt], [], [0]
-    for ids, labelled in kept:
-        start = len(tokens)
-        tokens += ids[:limit]
-        label_at.append(np.flatnonzero(labelled[:limit]) + start)
-        shifts.append(start - len(prompt))
-    lengths = [len(prompt), *(min(len(ids), limit) for ids, _ in kept)]
-    numbers = np.arange(len(lengths), dtype=np.int32)
-    row_tokens, at = np.array(tokens, np.int32), np.concatenate(label_at).astype(np.int32)
-    # The first token of every branch is predicted by the last one of the prompt, each other one by that before it.
-    first = np.cumsum([0, *(len(some) for some in label_at[:-1])])
-    predecessors = at - 1
-    predecessors[first] = len(prompt) - 1
+    tokens = [*prompt, *(token for ids in kept for token in ids[:limit])]
+    counts = [len(prompt), *(min(len(ids), limit) for ids in kept)]
     return Row(
         id=record.id,
-        tokens=row_tokens,
-        positions=np.arange(len(tokens), dtype=np.int32) - np.repeat(np.array(shifts, np.int32), lengths),
-        branches=np.repeat(numbers, lengths),
-        predecessors=predecessors,
-        labels=row_tokens[at],
-        label_branches=np.repeat(numbers[1:], [len(some) for some in label_at]),
+        **_arrays(np.array(tokens, np.int32), np.array(counts, np.int32), len(chat.reply_opening(tokenizer))),
         pairs=np.array([(number[a], number[b]) for a, b in pairs], np.int32).reshape(-1, 2),
         responses=tuple(responses),
         images=tuple(record.images),
         dropped_prompt=whole_prompt - len(prompt),
-        dropped_responses=tuple(max(len(ids) - limit, 0) for ids, _ in kept),
+        dropped_responses=tuple(max(len(ids) - limit, 0) for ids in kept),
+    )
+
+
+def _arrays(tokens: Int32[np.ndarray, " T"], counts: Int32[np.ndarray, " B"], opening: int) -> dict[str, np.ndarray]:
+    """What follows from a row's tokens, how many of them are the prompt's and each branch's, and a reply's opening."""
+    branches = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    offsets = np.arange(len(tokens), dtype=np.int32) - np.repeat(np.cumsum(counts, dtype=np.int32) - counts, counts)
+    at = np.flatnonzero((branches > 0) & _is_label(offsets, opening)).astype(np.int32)
+    return {
+        "tokens": tokens,
+        "positions": np.where(branches > 0, counts[0] + offsets, offsets),
+        "branches": branches,
+        # The first token of every branch is predicted by the last one of the prompt, each other one by that before it.
+        "predecessors": np.where(offsets[at] == 0, counts[0], at) - 1,
+        "labels": tokens[at],
+        "label_branches": branches[at],
+    }
+
+
+def _is_label(offsets: Int32[np.ndarray, " N"], opening: int) -> np.ndarray:
+    """Which tokens of a branch count: the leading `<|im_start|>`, and all after the role."""
+    return (offsets == 0) | (offsets >= opening)
+
+
+def pack_row(row: Row) -> Int32[np.ndarray, " Z"]:
+    """A row in one array, for `unpack_row`; its id and images are the record's."""
+    counts = np.bincount(row.branches)
+    opening = row.predecessors[1] + 1 - counts[0]  # the offset of the first branch's second label
+    head = np.array([opening, len(row.responses), len(row.pairs), row.dropped_prompt])
+    parts: list[Any] = [head, counts, row.responses, row.dropped_responses, row.pairs.ravel(), row.tokens]
+    return np.concatenate(parts).astype(np.int32)
+
+
+def packed_length(tokens: Int[np.ndarray, "*N"], branches: Int[np.ndarray, "*N"], pairs: Int[np.ndarray, "*N"]) -> Any:
+    """Numbers that `pack_row` takes for rows of so many tokens, branches and pairs."""
+    return 5 + 3 * branches + 2 * pairs + tokens
+
+
+def unpack_row(packed: Int32[np.ndarray, " Z"], name: str, images: tuple[bytes, ...]) -> Row:
+    """The inverse of `pack_row`."""
+    opening, branches, pairs, dropped = packed[:4].tolist()
+    counts, responses, cut, chosen, tokens = np.split(
+        packed[4:], np.cumsum([1 + branches, branches, branches, 2 * pairs])
+    )
+    return Row(
+        id=name,
+        **_arrays(np.array(tokens), np.array(counts), opening),
+        pairs=np.array(chosen).reshape(-1, 2),
+        responses=tuple(responses.tolist()),
+        images=images,
+        dropped_prompt=dropped,
+        dropped_responses=tuple(cut.tolist()),
     )
 
 
@@ -166,11 +202,14 @@ def encode_response(tokenizer: Tokenizer, text: str, specials: bool = False) -> 
     `<|im_start|>` counts and `assistant\\n` does not; the text (not stripped; it may be empty), `<|im_end|>`, the
     newline and `<|endoftext|>` count.
     """
-    opening = chat.reply_opening(tokenizer)
+    tokens = _response_tokens(tokenizer, text, specials)
+    return tokens, _is_label(np.arange(len(tokens)), len(chat.reply_opening(tokenizer))).tolist()
+
+
+def _response_tokens(tokenizer: Tokenizer, text: str, specials: bool) -> list[int]:
     content = tokenizer.encode(text, specials=specials)
-    tokens = [*opening, *content, tokenizer.im_end, *tokenizer.encode("\n"), tokenizer.end_of_text]
-    labelled = [True, *[False] * (len(opening) - 1), *[True] * (len(tokens) - len(opening))]
-    return tokens, labelled
+    end = [tokenizer.im_end, *tokenizer.encode("\n"), tokenizer.end_of_text]
+    return [*chat.reply_opening(tokenizer), *content, *end]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What rows hold, counted without padding: the unit of throughput and of FLOP formulas."""
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,10 +20,10 @@ class Work:
     pairs: int = 0
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+        return Work(*map(operator.add, vars(self).values(), vars(other).values()))
 
     def __mul__(self, times: int) -> "Work":
-        return Work(*(times * a for a in dataclasses.astuple(self)))
+        return Work(*(times * a for a in vars(self).values()))
 
 
 def row_work(prompt: int, responses: Sequence[int], labels: int, images: int = 1, pairs: int = 0) -> Work:

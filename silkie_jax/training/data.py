@@ -13,7 +13,8 @@ from silkie_jax.corpus import CorpusReader, split
 from silkie_jax.corpus.pairs import check_rule
 from silkie_jax.errors import UserError
 from silkie_jax.preference.batches import BatchSource, ReferenceLogps, RowOptions
-from silkie_jax.preference.plan import SIZES, TOO_LONG, UNUSABLE, Plan, measure
+from silkie_jax.preference.layout import SIZES, TOO_LONG, UNUSABLE, lay_out
+from silkie_jax.preference.plan import Plan
 from silkie_jax.qwen_vl.config import QwenVLConfig
 from silkie_jax.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.training.config import TrainConfig
@@ -70,7 +71,8 @@ def open_data(config: TrainConfig, mesh: Mesh, corpus: CorpusReader, tokenizer: 
       UserError: nothing is left.
     """
     options = row_options(config, corpus)
-    sizes = measure(corpus, partial(options.row, tokenizer), options.key(corpus, tokenizer), config.workers)
+    layout = lay_out(corpus, partial(options.row, tokenizer), options.key(corpus, tokenizer), config.workers)
+    sizes = layout.sizes
     usable = sizes[:, 0] > TOO_LONG
     train, held = (some[usable[some]] for some in split(corpus.index, config.evaluation_fraction, config.seed))
     skipped = _skipped(corpus, sizes)
@@ -89,6 +91,7 @@ def open_data(config: TrainConfig, mesh: Mesh, corpus: CorpusReader, tokenizer: 
         shards=batch_shards(mesh),
         local=partial(local_sequences, mesh),
         pack=config.pack,
+        layout=layout,
     )
     plan = Plan(sizes[train], config.batch_rows * config.accumulate, config.batch_pairs, config.seed)
     evaluation = None

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from silkie_jax.corpus import Record
 from silkie_jax.preference.batches import collate, decode_images, make_shape, round_up
-from silkie_jax.preference.plan import row_sizes
+from silkie_jax.preference.layout import row_sizes
 from silkie_jax.preference.rows import Row, RowTooLong, make_row
 from silkie_jax.qwen_vl.attention import PLAIN, Kernel
 from silkie_jax.qwen_vl.model import QwenVL

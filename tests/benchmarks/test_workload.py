@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.workload import MODELS, PAIRS_EACH, SCALED, TINY, lora_rank, make_instructions, work_of
 from silkie_jax.preference.batches import collate, make_shape
-from silkie_jax.preference.plan import row_sizes
+from silkie_jax.preference.layout import row_sizes
 from silkie_jax.qwen_vl.config import QWEN_VL_CHAT, QwenVLConfig
 from silkie_jax.qwen_vl.model import check_spans
 from silkie_jax.training.flops import decoder_forward, resampler_forward, vision_forward

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import pytest
 from silkie_jax.corpus import CorpusReader, Record, Response
 from silkie_jax.errors import UserError
 from silkie_jax.preference.batches import BatchSource, RowOptions, bucket, decode_images, first_fit
-from silkie_jax.preference.plan import TOO_LONG, UNUSABLE, Plan, measure
-from silkie_jax.preference.rows import make_row
+from silkie_jax.preference.layout import TOO_LONG, UNUSABLE, lay_out
+from silkie_jax.preference.plan import Plan
+from silkie_jax.preference.rows import Row, make_row
 from silkie_jax.qwen_vl.image import read_image
 from silkie_jax.qwen_vl.tokenizer import Tokenizer
 from tests.training.support import SIDE, collated, given_record, image_bytes, record, record_row, write_corpus
@@ -29,8 +31,12 @@ def corpus(tmp_path_factory):
     return CorpusReader(write_corpus(tmp_path_factory.mktemp("corpus") / "c", records))
 
 
+def laid_out(corpus, options=RATED):
+    return lay_out(corpus, lambda record: options.row(TOKENIZER, record), options.key(corpus, TOKENIZER))
+
+
 def measured(corpus, options=RATED):
-    return measure(corpus, lambda record: options.row(TOKENIZER, record), options.key(corpus, TOKENIZER))
+    return laid_out(corpus, options).sizes
 
 
 def source(corpus, indices=None, options=RATED, *, rows=2, accumulate=1, seed=0, pairs=None, **arguments):
@@ -288,17 +294,70 @@ def test_rows_beyond_max_length_are_cut_or_known_to_be_too_long(long_corpus):
     assert batch.arrays["images"].shape[2] == 1  # the row with three pictures is not there
 
 
-def test_sizes_are_kept_beside_the_corpus_under_what_they_depend_on(corpus):
-    measured(corpus)
-    kept = set((corpus.path / "sizes").glob("*.npy"))
+def never(record):
+    raise AssertionError("laid out again")
+
+
+def test_rows_are_kept_beside_the_corpus_under_what_they_depend_on(corpus):
+    laid_out(corpus)
+    kept = set((corpus.path / "rows").glob("*.npy"))
     assert kept
-
-    def never(record):
-        raise AssertionError("measured again")
-
-    assert (measure(corpus, never, RATED.key(corpus, TOKENIZER)) == measured(corpus)).all()
+    again = lay_out(corpus, never, RATED.key(corpus, TOKENIZER))
+    assert again.has_rows
+    assert (again.sizes == measured(corpus)).all()
     measured(corpus, RowOptions("mean_rating", max_length=500))
-    assert len(set((corpus.path / "sizes").glob("*.npy")) - kept) == 1
+    assert len(set((corpus.path / "rows").glob("*.npy")) - kept) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [RATED, RowOptions("mean_rating", "sft"), RowOptions("longest_as_best", "dpo", 600, 400)]
+)
+def test_kept_rows_are_the_rows(long_corpus, options):
+    """Cut ones, too, and what is unusable has none."""
+    layout = laid_out(long_corpus, options)
+    for number in np.flatnonzero(layout.sizes[:, 0] > TOO_LONG):
+        whole = long_corpus[number]
+        kept, row = layout.row(number, whole.id, whole.images), options.row(TOKENIZER, whole)
+        for field in dataclasses.fields(Row):
+            ours, expected = getattr(kept, field.name), getattr(row, field.name)
+            assert np.array_equal(ours, expected), field.name
+            assert type(ours) is type(expected), field.name
+            assert getattr(ours, "dtype", None) == getattr(expected, "dtype", None), field.name
+
+
+@pytest.mark.parametrize("pack", [None, 1500])
+def test_batches_of_kept_rows_are_the_batches(corpus, pack):
+    layout = laid_out(corpus)
+    for step in range(3):
+        kept, fresh = (source(corpus, pack=pack, layout=given).batch(step) for given in (layout, None))
+        assert (kept.ids, kept.work, kept.shape) == (fresh.ids, fresh.work, fresh.shape)
+        assert kept.arrays.keys() == fresh.arrays.keys()
+        for name, array in fresh.arrays.items():
+            np.testing.assert_array_equal(kept.arrays[name], array, err_msg=name)
+
+
+def test_rows_that_were_cut_short_on_disk_are_laid_out_again(corpus):
+    layout = laid_out(corpus)
+    for file in (corpus.path / "rows").glob("*.tokens"):
+        file.write_bytes(file.read_bytes()[:-4])
+    again = laid_out(corpus)
+    assert again.has_rows
+    np.testing.assert_array_equal(again.sizes, layout.sizes)
+
+
+def test_a_corpus_that_cannot_be_written_to_keeps_nothing(corpus, monkeypatch):
+    """Its rows are laid out anew for every batch."""
+    expected = source(corpus).batch(0)
+
+    def refuse(*arguments, **options):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    layout = lay_out(corpus, lambda record: RATED.row(TOKENIZER, record), {"another": "key"})
+    assert not layout.has_rows
+    batch = source(corpus, layout=layout).batch(0)
+    for name, array in expected.arrays.items():
+        np.testing.assert_array_equal(batch.arrays[name], array, err_msg=name)
 
 
 def test_an_image_that_cannot_be_read_names_its_record():

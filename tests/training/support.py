@@ -18,7 +18,7 @@ from examples.tiny_qwen_vl import make_checkpoint
 from silkie_jax.corpus import Record, Response
 from silkie_jax.corpus.shards import CorpusBuilder
 from silkie_jax.preference.batches import Batch, Shape, collate, decode_images, make_shape, round_up
-from silkie_jax.preference.plan import row_sizes
+from silkie_jax.preference.layout import row_sizes
 from silkie_jax.preference.rows import Row, make_row
 from silkie_jax.preference.work import Work
 from silkie_jax.qwen_vl.attention import PADDING, PLAIN, Kernel

@@ -1,0 +1,142 @@
+"""The rows of a corpus, laid out once: their sizes, which a plan needs, and their tokens, which every epoch needs.
+
+Both are kept beside the corpus, `rows/KEY.npy` and `rows/KEY.tokens`, under a hash of all that they depend on. Laying
+out 80k instructions takes about a minute and 300 MB; reading them back costs next to nothing, so that the threads which
+prepare batches have their time for decoding images.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+from tqdm import tqdm
+
+from silkie_jax.corpus import CorpusReader, Record
+from silkie_jax.preference.rows import Row, RowTooLong, pack_row, packed_length, unpack_row
+
+UNUSABLE, TOO_LONG = -1, 0  # in the place of a row's tokens: nothing to train on; images that leave no room for a reply
+SIZES = ("tokens", "labels", "pairs", "images", "branches", "cut")
+_AT_ONCE = 256  # records that a thread lays out at once
+
+
+def row_sizes(row: Row) -> tuple[int, ...]:
+    """SIZES of a row; `cut` counts the tokens that its length limit left out."""
+    cut = row.dropped_prompt + sum(row.dropped_responses)
+    return len(row.tokens), len(row.labels), len(row.pairs), len(row.images), len(row.responses), cut
+
+
+class Layout:
+    """The rows of all records of a corpus.
+
+    Attributes:
+        sizes: [R, 6], SIZES of each record's row; UNUSABLE or TOO_LONG in the place of the tokens where it has none.
+    """
+
+    def __init__(self, sizes: Int[np.ndarray, "R 6"], tokens: Int[np.ndarray, " Z"] | None):
+        self.sizes, self._tokens = sizes, tokens
+        self._starts = np.concatenate([[0], np.cumsum(_packed_lengths(sizes))])
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the rows themselves are at hand, and not only their sizes."""
+        return self._tokens is not None
+
+    def row(self, index: int, name: str, images: Iterable[bytes]) -> Row:
+        """Record number `index`'s row; `name` and `images` are the record's."""
+        assert self._tokens is not None
+        return unpack_row(self._tokens[self._starts[index] : self._starts[index + 1]], name, tuple(images))
+
+
+def lay_out(
+    corpus: CorpusReader, make: Callable[[Record], Row | None], key: dict[str, object], workers: int = 2
+) -> Layout:
+    """All rows of a corpus as `make` lays them out (None: it is unusable), from an earlier time under the same `key`.
+
+    Where the corpus's folder cannot be written, nothing is kept and the sizes alone are found.
+    """
+    name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    file = corpus.path / "rows" / f"{name}.npy"
+    found = _load(file, len(corpus))
+    if found is not None:
+        return found
+    part = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        part.parent.mkdir(exist_ok=True)
+        with part.open("wb") as tokens:
+            sizes = _measure(corpus, make, workers, tokens.write)
+        os.replace(part, file.with_suffix(".tokens"))
+        with part.open("wb") as table:
+            np.save(table, sizes)
+        os.replace(part, file)
+    except OSError:  # a corpus on a read-only or full disk is as good as another
+        part.unlink(missing_ok=True)
+        return Layout(_measure(corpus, make, workers, lambda data: None), None)
+    return _load(file, len(corpus)) or Layout(sizes, None)
+
+
+def _measure(
+    corpus: CorpusReader, make: Callable[[Record], Row | None], workers: int, write: Callable[[bytes], object]
+) -> Int[np.ndarray, "R 6"]:
+    """SIZES of every record's row; the rows themselves, packed, are written one after the other."""
+    table = np.zeros((len(corpus), len(SIZES)), np.int32)
+
+    def fill(first: int) -> tuple[int, bytes]:
+        some = range(first, min(first + _AT_ONCE, len(corpus)))
+        packed = []
+        for i, record in zip(some, corpus.batch(some), strict=True):
+            try:
+                row = make(record)
+            except RowTooLong:
+                table[i, 0] = TOO_LONG
+                continue
+            if row is None:
+                table[i, 0] = UNUSABLE
+            else:
+                table[i] = row_sizes(row)
+                packed.append(pack_row(row))
+        return len(some), b"".join(row.tobytes() for row in packed)
+
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=len(corpus), desc="rows", unit="row", leave=False, disable=len(corpus) < 4096) as bar,
+    ):
+        for count, data in _in_order(pool, fill, range(0, len(corpus), _AT_ONCE), 2 * workers):
+            write(data)
+            bar.update(count)
+    return table
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, call: Callable[[int], tuple[int, bytes]], items: Iterable[int], ahead: int
+) -> Iterator[tuple[int, bytes]]:
+    """Like `pool.map`, which would have all outcomes in memory at once."""
+    pending = []
+    for item in items:
+        pending.append(pool.submit(call, item))
+        if len(pending) > ahead:
+            yield pending.pop(0).result()
+    for future in pending:
+        yield future.result()
+
+
+def _packed_lengths(sizes: Int[np.ndarray, "R 6"]) -> Int[np.ndarray, " R"]:
+    tokens, _, pairs, _, branches, _ = sizes.astype(np.int64).T
+    return np.where(tokens > 0, packed_length(tokens, branches, pairs), 0)
+
+
+def _load(file: Path, records: int) -> Layout | None:
+    try:
+        sizes = np.load(file)
+        if sizes.shape != (records, len(SIZES)):
+            return None
+        path, length = file.with_suffix(".tokens"), int(_packed_lengths(sizes).sum())
+        if path.stat().st_size != 4 * length:
+            return None
+        return Layout(sizes, np.memmap(path, np.int32, "r") if length else np.zeros(0, np.int32))
+    except (OSError, ValueError):
+        return None
