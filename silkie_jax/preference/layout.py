@@ -8,9 +8,12 @@ prepare batches have their time for decoding images.
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from jaxtyping import Int
@@ -64,19 +67,40 @@ def lay_out(
     found = _load(file, len(corpus))
     if found is not None:
         return found
-    part = file.with_suffix(f".{os.getpid()}.tmp")
+    sizes = None
     try:
-        part.parent.mkdir(exist_ok=True)
-        with part.open("wb") as tokens:
+        file.parent.mkdir(exist_ok=True)
+        for left in (file, file.with_suffix(".tokens")):  # damaged, or one without the other
+            left.unlink(missing_ok=True)
+        with _published(file.with_suffix(".tokens")) as tokens:
             sizes = _measure(corpus, make, workers, tokens.write)
-        os.replace(part, file.with_suffix(".tokens"))
-        with part.open("wb") as table:
+        with _published(file) as table:
             np.save(table, sizes)
-        os.replace(part, file)
     except OSError:  # a corpus on a read-only or full disk is as good as another
-        part.unlink(missing_ok=True)
-        return Layout(_measure(corpus, make, workers, lambda data: None), None)
+        return Layout(_measure(corpus, make, workers, lambda data: None) if sizes is None else sizes, None)
     return _load(file, len(corpus)) or Layout(sizes, None)
+
+
+@contextmanager
+def _published(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which then appears at `path` as a whole.
+
+    Several hosts may do this at once on a disk that they share: the first one's file stays, since others may have
+    opened it already, and it is the same as theirs.
+    """
+    descriptor, name = tempfile.mkstemp(".tmp", f"{path.name}.", path.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            os.fchmod(descriptor, 0o644)
+            yield file
+        try:
+            os.link(name, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def _measure(
