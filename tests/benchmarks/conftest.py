@@ -2,6 +2,7 @@
 
 import sys
 
+import jax
 import pytest
 
 
@@ -11,6 +12,7 @@ def run(monkeypatch, capsys, tmp_path):
 
     def main(script, *options: str, out: bool = True) -> str:
         extra = ["--out", str(tmp_path / "out.md")] if out else []
+        jax.devices()  # this process has its own by now
         monkeypatch.setenv("XLA_FLAGS", "")  # other processes need not pretend to be several devices
         monkeypatch.setattr(sys, "argv", [script.__name__, *options, *extra])
         script.main()
