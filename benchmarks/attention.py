@@ -54,10 +54,10 @@ def main() -> None:
                 lines.append(f"| {name} | {kernel} | {now} | | | | | | |")
                 continue
             base = (0.0, 0.0, 0.0) if isinstance(plain, str) else plain  # no ratio to what cannot be done
-            ratios = [a / b if b else float("nan") for a, b in zip(now[:3], base[:3], strict=True)]
-            cells = [f"{value:.2f} | {ratio:.2f}" for value, ratio in zip(now[:2], ratios[:2], strict=True)]
+            ratios = [f"{a / b:.2f}" if b else "" for a, b in zip(now[:3], base[:3], strict=True)]
+            cells = [f"{value:.2f} | {ratio}" for value, ratio in zip(now[:2], ratios[:2], strict=True)]
             shown = " | ".join(cells) if not args.topology else " | | | "
-            lines.append(f"| {name} | {kernel} | {shown} | {now[2]:.0f} | {ratios[2]:.2f} | {now[3]:.1f} |")
+            lines.append(f"| {name} | {kernel} | {shown} | {now[2]:.0f} | {ratios[2]} | {now[3]:.1f} |")
         print("\n".join(lines[-len(KERNELS) :]), flush=True)
     name = "attention" + (f"-{args.topology.replace(':', '-')}" if args.topology else "")
     keep(name, "\n".join(lines), args.out)
@@ -109,7 +109,7 @@ def measure(
                 milliseconds(partial(backward, *given), args.steps),
             )
     except Exception as e:  # whatever a compiler or a driver says of a kernel that it cannot do
-        return f"{type(e).__name__}: {str(e).strip().splitlines()[0][:120]}"
+        return f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0][:120]}"
     memory: Any = backward.memory_analysis()
     return *times, memory.temp_size_in_bytes / 2**20, compiling
 

@@ -41,14 +41,15 @@ def main() -> None:
         command = [sys.executable, "-m", "silkie_jax.cli", "compile", str(CONFIGS / f"{name}.yaml"), "--json"]
         done = subprocess.run([*command, "--topology", MACHINES[name]], capture_output=True, text=True)
         if not done.stdout.startswith("{"):
-            lines.append(f"| {name} ({MACHINES[name]}) | {done.stderr.strip().splitlines()[-1]} | | | | | |")
+            why = (done.stderr.strip() or "ended without a word").splitlines()[-1]
+            lines.append(f"| {name} ({MACHINES[name]}) | {why} | | | | | |")
             continue
         found = json.loads(done.stdout)
         gib = [found[f"{kind}_bytes"] / 2**30 for kind in ("argument", "temporary", "peak", "memory")]
-        rate = found["rows"] / found["step_seconds"]
+        rate = found["instructions"] / found["step_seconds"]
         lines.append(
             f"| {name} ({MACHINES[name]}) | {found['chips']} | {found['rows']} | "
-            f"{gib[0]:.2f}, {gib[1]:.2f}, {gib[2]:.2f} / {gib[3]:.0f} | "
+            f"{gib[0]:.2f}, {gib[1]:.2f}, {gib[2]:.2f} / {gib[3]:.0f}{'' if found['fits'] else ' DOES NOT FIT'} | "
             f"{found['compile_seconds']:.0f} | {sum(found['collectives'].values()) / 1e9:.1f} | "
             f"{found['step_seconds']:.2f}, {rate:.0f}, {3 * 80_258 / rate / 3600:.1f} |"
         )

@@ -177,7 +177,7 @@ def images_of(data: bytes) -> tuple[bytes, ...]:
     """The images of an encoded record, without the rest of it.
 
     Raises:
-        ValueError: the bytes are not a record.
+        ValueError: the bytes are no message; that it is a record is not checked.
     """
     try:
         return tuple(codec().Example.FromString(data).features.feature["images"].bytes_list.value)

@@ -260,7 +260,7 @@ def collate(groups: Sequence[Sequence[Row]], shape: Shape, pad: int) -> Arrays:
 
 
 def make_shape(sequences: int, sizes: Sequence[Int[np.ndarray, "6"]]) -> Shape:
-    """The shape that holds sequences of these sizes (plan.SIZES, summed over a sequence's rows)."""
+    """The shape that holds sequences of these sizes (layout.SIZES, summed over a sequence's rows)."""
     tokens, labels, pair_count, images, branches, _ = np.max(sizes, axis=0).tolist()
     return Shape(
         sequences,

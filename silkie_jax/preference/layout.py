@@ -70,11 +70,12 @@ def lay_out(
     sizes = None
     try:
         file.parent.mkdir(exist_ok=True)
-        for left in (file, file.with_suffix(".tokens")):  # damaged, or one without the other
-            left.unlink(missing_ok=True)
-        with _published(file.with_suffix(".tokens")) as tokens:
+        if file.exists():  # damaged; tokens without a table are about to get one
+            for damaged in (file, file.with_suffix(".tokens")):
+                damaged.unlink(missing_ok=True)
+        with published(file.with_suffix(".tokens")) as tokens:
             sizes = _measure(corpus, make, workers, tokens.write)
-        with _published(file) as table:
+        with published(file) as table:
             np.save(table, sizes)
     except OSError:  # a corpus on a read-only or full disk is as good as another
         return Layout(_measure(corpus, make, workers, lambda data: None) if sizes is None else sizes, None)
@@ -82,7 +83,7 @@ def lay_out(
 
 
 @contextmanager
-def _published(path: Path) -> Iterator[IO[bytes]]:
+def published(path: Path) -> Iterator[IO[bytes]]:
     """A file to write, which then appears at `path` as a whole.
 
     Several hosts may do this at once on a disk that they share: the first one's file stays, since others may have
@@ -93,6 +94,8 @@ def _published(path: Path) -> Iterator[IO[bytes]]:
         with open(descriptor, "wb") as file:
             os.fchmod(descriptor, 0o644)
             yield file
+            file.flush()
+            os.fsync(descriptor)
         try:
             os.link(name, path)
         except FileExistsError:
@@ -162,5 +165,5 @@ def _load(file: Path, records: int) -> Layout | None:
         if path.stat().st_size != 4 * length:
             return None
         return Layout(sizes, np.memmap(path, np.int32, "r") if length else np.zeros(0, np.int32))
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return None

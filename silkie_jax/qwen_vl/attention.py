@@ -1,4 +1,4 @@
-"""The one attention function, the masks of the row layout, and the choice of a kernel for the platform."""
+"""The one attention function, the masks of the row layout, and the kernels that can do it."""
 
 import dataclasses
 from collections.abc import Callable

@@ -35,6 +35,8 @@ CHIPS = (
 
 def find_chip(device_kind: str) -> Chip | None:
     """The chip that JAX calls `device_kind`; None for one that is not listed (such as a CPU)."""
+    # JAX knows two of them by two names each.
+    device_kind = {"TPU v5e": "TPU v5 lite", "TPU v6e": "TPU v6 lite"}.get(device_kind, device_kind)
     # "TPU v5p" and "NVIDIA H100 80GB HBM3" say more than the table, "TPU v5 lite" must not be taken for "TPU v5".
     named = [chip for chip in CHIPS if chip.name in device_kind]
     return max(named, key=lambda chip: len(chip.name), default=None)

@@ -116,8 +116,12 @@ def _received(kind: str, result: str, line: str) -> float:
     sizes = [_BYTES.get(t, 4) * math.prod(int(n) for n in dims.split(",") if n) for t, dims in _SHAPE.findall(result)]
     start = f"{kind}-start(" in line
     group = _group_size(line)
-    # The result of a start is (operand, result, ...); otherwise it is the result, or several that were joined.
-    size = max(sizes, default=0) if start else sum(sizes)
+    # Several may be joined. A start's result is (operands, results) for a gather, (operand, result, ...) otherwise.
+    size = sum(sizes)
+    if start and kind == "all-gather":
+        size = sum(sizes[len(sizes) // 2 :])
+    elif start and kind != "all-reduce":
+        size = max(sizes, default=0)
     share = (group - 1) / group if group > 1 else 1.0
     match kind:
         case "all-reduce":

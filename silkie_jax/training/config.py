@@ -82,7 +82,7 @@ class TrainConfig:
     max_prompt_length: int | None = None  # what a prompt is cut to where that is exceeded; None: half
     seed: int = 0
     dtype: str = "bfloat16"  # of computation and of frozen weights; what is trained is kept in float32
-    remat: str = "dots"  # what the backward pass computes again: every layer, all but its matmuls, nothing
+    remat: str = "dots"  # what is computed again: every layer (full), all but matmuls and flash, or nothing
     attention: str = "auto"  # the kernel; auto: what is best on the platform
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     on_nonfinite: str = "stop"  # at a gradient that is not finite: stop, or skip the update and count it

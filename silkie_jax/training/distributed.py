@@ -30,15 +30,27 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
             raise UserError("--processes and --process need --coordinator HOST:PORT")
         if not _in_cluster():
             return
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(local_device_ids=_local_devices(), heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
         return
     if processes is None or process is None or not 0 <= process < processes:
         raise UserError("--coordinator needs --processes N and --process K with 0 <= K < N")
     try:
-        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(
+            coordinator, processes, process, _local_devices(), heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+        )
     except (RuntimeError, ValueError) as e:
         reason = str(e).strip().splitlines()[0]
         raise UserError(f"--coordinator {coordinator}: the {processes} processes did not meet ({reason})") from None
+
+
+def _local_devices() -> list[int] | None:
+    """The devices of this process for JAX: [], all of the host's, where Slurm or Open MPI started one process a host.
+
+    JAX itself (None) would give each process a single GPU there, the one of its number on the host.
+    """
+    slurm = os.environ.get("SLURM_STEP_NUM_TASKS"), os.environ.get("SLURM_STEP_NUM_NODES")
+    alone = (slurm[0] is not None and slurm[0] == slurm[1]) or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    return [] if alone else None
 
 
 def _in_cluster() -> bool:

@@ -35,7 +35,7 @@ class Training:
     train_vision: str = "none"
     live_reference: bool = False
     remat: str = "full"
-    plain_attention: bool = False  # computed again unless nothing is; the fused kernels' outcome is kept
+    attention_again: bool = False  # `dots` keeps the outcome of the one-pass kernel only
 
 
 def training_of(config: TrainConfig) -> Training:
@@ -46,7 +46,7 @@ def training_of(config: TrainConfig) -> Training:
         train_vision=config.train_vision,
         live_reference=config.reference in ("adapter_off", "copy"),
         remat=config.remat,
-        plain_attention=config.attention == "plain",
+        attention_again=config.attention in ("plain", "cudnn"),
     )
 
 
@@ -69,7 +69,7 @@ def step_flops(config: QwenVLConfig, work: Work, training: Training) -> StepFlop
     # The head is computed again by a trained head only; a frozen one keeps its input's gradient instead (logprobs.py).
     remat = {
         "full": decoder + adapter + (vision if training.train_vision == "all" else 0.0),
-        "dots": attention_forward(config, work.visible) if training.plain_attention else 0.0,
+        "dots": attention_forward(config, work.visible) if training.attention_again else 0.0,
         "none": 0.0,
     }[training.remat] + (logits if full else 0.0)
     return StepFlops(forward + backward + reference, remat)

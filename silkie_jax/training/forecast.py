@@ -13,9 +13,8 @@ from silkie_jax.errors import UserError
 from silkie_jax.training.config import TrainConfig
 from silkie_jax.training.topologies import find_devices
 
-# Bounds on what a real run reaches of the chip's peak; published figures of large models are 0.45 to 0.65.
-EFFICIENCY = 0.5
-INSTRUCTIONS = 80_258  # of the published corpus (facts of VLFeedback), for hours of a whole run
+EFFICIENCY = 0.5  # of the chip's peak that a real run reaches; published figures of large models are 0.45 to 0.65
+INSTRUCTIONS = 80_258  # of VLFeedback as published, for hours of a whole run
 PAIRS_EACH = 4.75
 GPU_SHARE = 0.9  # of a GPU's memory for arrays (XLA_PYTHON_CLIENT_MEM_FRACTION): libraries and fragments take the rest
 
@@ -36,7 +35,9 @@ class Lengths:
 
         most = 4 * ((tokens * 930 // 1024 - cls.prompt) // 4)
         if most < 4 * 8:
-            raise UserError(f"--tokens {tokens}: a prompt with an image and four responses take 400 or more")
+            raise UserError(
+                f"--tokens {tokens}: too few for a prompt with an image and four responses; give 512 or more"
+            )
         return cls(tokens, bucket(most), responses=(most // 4,) * 4)
 
 
@@ -47,7 +48,8 @@ class Forecast:
     topology: str
     chips: int
     chip: str
-    rows: int
+    rows: int  # that a step has room for
+    instructions: float  # that it holds, if `batch_pairs` limits them
     compile_seconds: float
     argument_bytes: float
     temporary_bytes: float
@@ -89,7 +91,7 @@ class Forecast:
         out.append(f"received by each chip a step: {sent or 'nothing'}")
         if self.seconds:
             parts = ", ".join(f"{name} {value:.3f} s" for name, value in self.seconds.items())
-            rate = self.rows / self.step_seconds
+            rate = self.instructions / self.step_seconds
             hours = epochs * INSTRUCTIONS / rate / 3600
             whole = f"{hours:.1f} h for {epochs:g} epochs of {INSTRUCTIONS:,} instructions"
             out += [
@@ -148,13 +150,15 @@ def forecast(config: TrainConfig, topology: str, lengths: Lengths) -> Forecast:
             "memory": _traffic(config, program, lengths) / chip.bandwidth,
             "interconnect": sum(collectives.values()) / chip.link,
         }
+    rows = config.batch_rows * config.accumulate
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Forecast(
         topology=topology,
         chips=mesh.devices.size,
         chip=chip.name if chip else mesh.devices.flat[0].device_kind,
-        rows=config.batch_rows * config.accumulate,
+        rows=rows,
+        instructions=min(rows, config.batch_pairs / PAIRS_EACH) if config.batch_pairs else rows,
         compile_seconds=took,
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
@@ -193,4 +197,4 @@ def _traffic(config: TrainConfig, program: Any, lengths: Lengths) -> float:
 
 
 def _first_line(e: BaseException) -> str:
-    return str(e).strip().splitlines()[0][:300]
+    return (str(e).strip() or type(e).__name__).splitlines()[0][:300]

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from silkie_jax.errors import UserError
 from silkie_jax.qwen_vl.attention import PADDING, PLAIN, Kernel
+from silkie_jax.qwen_vl.flash import FLASH
 from silkie_jax.training.mesh import BATCH, RULES
 
 # What `attention: auto` may mean, the first before anything is measured. Elsewhere, on the CPU, XLA's own fusions are
@@ -48,21 +49,36 @@ def sound_kernel(
     if platform not in CANDIDATES or name == "plain":
         return attention_kernel(name, dtype, mesh)
     names = CANDIDATES[platform] if name == "auto" else (name,)
-    if name == "auto" and before in (*names, "plain"):
-        names = (before,)
     kernels = [attention_kernel(n, dtype, mesh) for n in names if n != "cudnn" or name == n or dtype == "bfloat16"]
-    sound = []
-    for kernel in kernels:
-        wrong = None if kernel.name == "plain" else _what_is_wrong(kernel, jnp.dtype(dtype))
-        if not wrong:
-            sound.append(kernel)
-        elif name != "auto":
-            raise UserError(f"attention: {name} is not sound on this machine: {wrong}; use attention=plain")
-        else:
-            say(f"attention: {kernel.name} is not sound on this machine and is left out: {wrong}")
-    if not sound:
-        return attention_kernel("plain", dtype, mesh)
-    return sound[_fastest(sound, jnp.dtype(dtype), say)] if len(sound) > 1 else sound[0]
+    wrong = [_what_is_wrong(kernel, jnp.dtype(dtype)) for kernel in kernels]
+    for kernel, why in zip(kernels, wrong, strict=True):
+        if why and name != "auto":
+            raise UserError(f"attention: {name} is not sound on this machine: {why}; use attention=plain")
+        if why:
+            say(f"attention: {kernel.name} is not sound on this machine and is left out: {why}")
+    # All hosts must take the same one: what is sound on each of them, and of these what the first one chooses.
+    sound = _on_all_hosts([not why for why in wrong])
+    choices = [kernel for kernel, ok in zip(kernels, sound, strict=True) if ok]
+    if not choices or before == "plain":
+        best = -1
+    elif before in (known := [kernel.name for kernel in choices]):
+        best = known.index(before)
+    else:
+        best = _fastest(choices, jnp.dtype(dtype), say) if len(choices) > 1 else 0
+    best = _as_the_first_host(best)
+    return choices[best] if best >= 0 else attention_kernel("plain", dtype, mesh)
+
+
+def _on_all_hosts(flags: list[bool]) -> list[bool]:
+    """Which of the flags hold on every host."""
+    if jax.process_count() == 1:
+        return flags
+    gathered = np.asarray(multihost_utils.process_allgather(np.array(flags)))
+    return [bool(host.all()) for host in gathered.reshape(-1, len(flags)).T]
+
+
+def _as_the_first_host(number: int) -> int:
+    return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def _platform(mesh: Mesh) -> str:
@@ -70,15 +86,23 @@ def _platform(mesh: Mesh) -> str:
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 
-def _outcome(kernel: Kernel, rows: int, length: int, heads: int, dtype: jnp.dtype) -> tuple[Callable, tuple]:
-    """A compiled (values, gradients) of a kernel alone on one device, and its arguments: rows of two branches."""
+def _run(
+    kernel: Kernel, rows: int, length: int, heads: int, width: int, masked: bool, dtype: jnp.dtype
+) -> tuple[Callable, tuple]:
+    """A compiled (values, gradients) of a kernel alone on one device, and its arguments.
+
+    Rows have a prompt, two branches and padding. The forward pass is that of `remat: dots`.
+    """
     random = np.random.default_rng(0)
-    parts = np.array([[0] * (length * 3 // 8) + [1] * (length * 3 // 8)])
-    parts = np.tile(np.pad(parts, ((0, 0), (0, length // 8)), constant_values=2), (rows, 1))
-    branches = jnp.asarray(np.pad(parts, ((0, 0), (0, length - parts.shape[1])), constant_values=PADDING))
-    q, k, v, weight = (jnp.asarray(random.standard_normal((rows, length, heads, 128)), dtype) for _ in range(4))
-    weight = weight * (branches != PADDING)[..., None, None]
-    attend = dataclasses.replace(kernel, mesh=None).among(branches)
+    ends = np.arange(length) * 8 // length  # eighths: three of the prompt, three and one of branches, one of padding
+    row = np.select([ends < 3, ends < 6, ends < 7], [0, 1, 2], PADDING)
+    branches = jnp.asarray(np.tile(row, (rows, 1)))
+    q, k, v, weight = (jnp.asarray(random.standard_normal((rows, length, heads, width)), dtype) for _ in range(4))
+    alone = dataclasses.replace(kernel, mesh=None)
+    if masked:
+        weight = weight * (branches != PADDING)[..., None, None]
+    attend = alone.among(branches) if masked else alone.everywhere
+    attend = jax.checkpoint(attend, policy=jax.checkpoint_policies.save_only_these_names(FLASH))
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         out = attend(q, k, v) * weight
@@ -88,27 +112,34 @@ def _outcome(kernel: Kernel, rows: int, length: int, heads: int, dtype: jnp.dtyp
 
 
 def _what_is_wrong(kernel: Kernel, dtype: jnp.dtype) -> str | None:
-    """Compares a kernel's values and gradients with those of the plain path on one small row."""
+    """Compares a kernel's values and gradients with those of the plain path, on short and usual rows and on images."""
 
-    def values(kernel: Kernel) -> list[np.ndarray]:
-        run, arguments = _outcome(kernel, 1, 256, 2, dtype)
+    def values(kernel: Kernel, length: int, heads: int, width: int, masked: bool) -> list[np.ndarray]:
+        run, arguments = _run(kernel, 1, length, heads, width, masked, dtype)
         (_, out), gradients = run(*arguments)
         return [np.asarray(x, np.float64) for x in (out, *gradients)]
 
+    apart = 0.0
     try:
-        found, expected = values(kernel), values(PLAIN)
+        for case in _CASES:
+            both = zip(values(kernel, *case), values(PLAIN, *case), strict=True)
+            # NumPy's maximum passes NaN on, which Python's may drop.
+            apart = float(np.max([apart, *(np.abs(a - b).max() / max(np.abs(b).max(), 1e-6) for a, b in both)]))
     except Exception as e:  # whatever a compiler or a driver says
-        return f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200]}"
+        return f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0][:200]}"
     allowed = {2: 4, 4: 64}[dtype.itemsize] * float(jnp.finfo(dtype).eps)  # of the largest: 3% in bfloat16
-    apart = max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-6)) for a, b in zip(found, expected, strict=True))
     return None if apart < allowed else f"its values are {apart:.1e} apart from the plain ones"
 
 
+# Length, heads, their width, and whether it is a row (masked) or an image: the decoder's and the tower's.
+_CASES = ((256, 2, 128, True), (1024, 1, 128, True), (1024, 1, 104, False))
+
+
 def _fastest(kernels: list[Kernel], dtype: jnp.dtype, say: Callable[[str], None]) -> int:
-    """Which of the kernels is the fastest on rows of the usual length; the first host decides for all."""
+    """Which of the kernels is the fastest on four rows of the usual length."""
     times = []
     for kernel in kernels:
-        run, arguments = _outcome(kernel, 4, 1024, 32, dtype)
+        run, arguments = _run(kernel, 4, 1024, 32, 128, True, dtype)
         each = []
         for _ in range(6):
             began = time.perf_counter()
@@ -116,8 +147,6 @@ def _fastest(kernels: list[Kernel], dtype: jnp.dtype, say: Callable[[str], None]
             each.append(1e3 * (time.perf_counter() - began))
         times.append(statistics.median(each[1:]))
     best = int(np.argmin(times))
-    if jax.process_count() > 1:
-        best = int(multihost_utils.broadcast_one_to_all(jnp.int32(best)))
     measured = ", ".join(f"{kernel.name} {ms:.2f} ms" for kernel, ms in zip(kernels, times, strict=True))
     say(f"attention: {kernels[best].name} ({measured} a layer of four rows)")
     return best

@@ -62,7 +62,9 @@ def find_devices(topology: str) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(**options).devices)
     except Exception as e:
-        raise UserError(f"--topology {topology}: {str(e).strip().splitlines()[0][:300]}; {HOW}") from None
+        raise UserError(
+            f"--topology {topology}: {(str(e).strip() or type(e).__name__).splitlines()[0][:300]}; {HOW}"
+        ) from None
 
 
 def _add_flag(flag: str) -> None:

@@ -1,12 +1,12 @@
-"""Every benchmark runs, at its smallest.
+"""Benchmarks run, at their smallest.
 
-Those of convert.py and peer_torch.py are in tests/qwen_vl/test_convert.py and test_peer_torch.py; pods.py needs the TPU
-compiler.
+Those of convert.py and peer_torch.py are in tests/qwen_vl/test_convert.py and test_peer_torch.py; pods.py needs the
+compilers of TPUs and GPUs.
 """
 
 import pytest
 
-from benchmarks import data_prep, gpu, input, judge_client, layout, logprobs, step
+from benchmarks import attention, data_prep, gpu, input, judge_client, layout, logprobs, step
 from silkie_jax.errors import UserError
 from tests.benchmarks.conftest import cells
 
@@ -42,6 +42,13 @@ def test_step(run):
 def test_gpu(run, tmp_path):
     run(gpu, "--size", "tiny", "--parts", "logprobs", "--out", str(tmp_path), out=False)
     assert "Head 2374 x 64" in (tmp_path / "logprobs.md").read_text()
+
+
+@pytest.mark.slow
+def test_attention(run):
+    printed = run(attention, "--lengths", "64", "--rows", "1", "--steps", "1")
+    assert float(cells(printed, "rows of 64 tokens | plain")[4]) > 0
+    assert "would be interpreted here" in printed
 
 
 @pytest.mark.slow

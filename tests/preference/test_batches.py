@@ -10,7 +10,7 @@ import pytest
 from silkie_jax.corpus import CorpusReader, Record, Response
 from silkie_jax.errors import UserError
 from silkie_jax.preference.batches import BatchSource, RowOptions, bucket, decode_images, first_fit
-from silkie_jax.preference.layout import TOO_LONG, UNUSABLE, lay_out
+from silkie_jax.preference.layout import TOO_LONG, UNUSABLE, lay_out, published
 from silkie_jax.preference.plan import Plan
 from silkie_jax.preference.rows import Row, make_row
 from silkie_jax.qwen_vl.image import read_image
@@ -343,6 +343,21 @@ def test_rows_that_were_cut_short_on_disk_are_laid_out_again(corpus):
     again = laid_out(corpus)
     assert again.has_rows
     np.testing.assert_array_equal(again.sizes, layout.sizes)
+
+
+def test_of_two_hosts_that_lay_out_at_once_the_first_ones_file_stays(tmp_path):
+    with published(tmp_path / "rows.tokens") as ours, published(tmp_path / "rows.tokens") as theirs:
+        theirs.write(b"the first to finish")
+        ours.write(b"the second")
+    assert (tmp_path / "rows.tokens").read_bytes() == b"the first to finish"
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.tokens"]
+
+
+def test_an_empty_table_is_made_again(corpus):
+    layout = laid_out(corpus)
+    for file in (corpus.path / "rows").glob("*.npy"):
+        file.write_bytes(b"")
+    np.testing.assert_array_equal(laid_out(corpus).sizes, layout.sizes)
 
 
 def test_a_corpus_that_cannot_be_written_to_keeps_nothing(corpus, monkeypatch):

@@ -1,16 +1,24 @@
 """`silkie compile`: what it reads from compiled programs, and whole forecasts."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from silkie_jax.errors import UserError
+from silkie_jax.preference.work import Work, row_work
+from silkie_jax.qwen_vl.config import QWEN_VL_CHAT, QwenVLConfig
+from silkie_jax.qwen_vl.model import QwenVL
 from silkie_jax.training.chips import find_chip, find_gpu
 from silkie_jax.training.collectives import collective_bytes
+from silkie_jax.training.flops import Training, decoder_forward, step_flops
 from silkie_jax.training.forecast import Lengths
 from tests.training.support import make_tiny
 
@@ -60,6 +68,49 @@ def test_collectives_count_as_often_as_they_run_and_once_a_channel():
     assert found["all-reduce"] == 2 * 10 * 4 * 3 / 4
 
 
+STARTED = """
+ENTRY %main (a: bf16[4,64], b: bf16[2,64]) -> f32[10] {
+  %both = ((bf16[4,64]{1,0}, bf16[2,64]{1,0}), (bf16[4,1024]{1,0}, bf16[2,1024]{1,0})) all-gather-start(%a, %b), channel_id=1, replica_groups=[1,16]<=[16], dimensions={1}
+  %sums = (f32[10]{0}, f32[30]{0}) all-reduce-start(%c, %d), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%add
+  %moved = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%e), channel_id=3, source_target_pairs={{0,1}}
+  ROOT %out = f32[10]{0} all-reduce-done(%sums)
+}
+"""  # noqa: E501
+
+
+def test_several_collectives_that_start_as_one_are_all_counted():
+    found = collective_bytes(STARTED)
+    assert found["all-gather"] == (4 + 2) * 1024 * 2 * 15 / 16
+    assert found["all-reduce"] == 2 * (10 + 30) * 4 * 3 / 4
+    assert found["collective-permute"] == 8 * 4
+
+
+@pytest.mark.parametrize(("remat", "terms"), [("full", 44e12), ("none", 32e12)])
+def test_work_of_an_instruction_at_full_size(remat, terms):
+    """A prompt of 330 tokens with an image and four responses of 150, LoRA, stored reference: worked out by hand."""
+    lora = Training(64, ("c_attn", "attn.c_proj", "w1", "w2"), remat=remat)
+    work = row_work(330, [150] * 4, 4 * 148, images=1)
+    assert step_flops(QWEN_VL_CHAT, work, lora).hardware == pytest.approx(terms, rel=0.05)
+
+
+def test_matmuls_of_the_decoder_are_those_that_xla_counts(tmp_path):
+    """One layer, so that no loop hides any; the embedding and the norms multiply no matrices."""
+    config = dataclasses.replace(QwenVLConfig.from_folder(make_tiny(tmp_path / "model")), num_hidden_layers=1)
+    model = nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    tokens = jax.ShapeDtypeStruct((1, 96), jnp.int32)
+
+    def forward(state, tokens):
+        policy = nnx.merge(graph, state)
+        hidden = policy.hidden(tokens, tokens, jnp.zeros_like(tokens), None, train=True)
+        return policy.language.logits(hidden)
+
+    counted = jax.jit(forward).lower(state, tokens).compile().cost_analysis()["flops"]
+    work = Work(rows=1, tokens=96, visible=96 * 96, labels=96)
+    logits = 2 * 96 * config.hidden_size * config.vocab_size
+    assert decoder_forward(config, work) + logits == pytest.approx(counted, rel=0.1)
+
+
 def test_lengths_fill_what_rows_are_padded_to():
     assert Lengths.of(1024) == Lengths()
     longer = Lengths.of(2048)
@@ -72,6 +123,9 @@ def test_lengths_fill_what_rows_are_padded_to():
 def test_chips_by_the_names_that_jax_gives_them():
     assert find_chip("TPU v5 lite").name == "TPU v5 lite"
     assert find_chip("TPU v5").name == "TPU v5"
+    assert find_chip("TPU v5p").name == "TPU v5"
+    assert find_chip("TPU v5e").name == "TPU v5 lite"
+    assert find_chip("TPU v6e").name == "TPU v6 lite"
     assert find_chip("NVIDIA H100 80GB HBM3").name == "H100"
     assert find_chip("cpu") is None
     assert find_gpu("h200").chip.name == "H200"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from silkie_jax.errors import UserError
-from silkie_jax.qwen_vl.attention import Kernel
+from silkie_jax.qwen_vl.attention import Kernel, attention
 from silkie_jax.training import kernel as module
 from silkie_jax.training.kernel import attention_kernel, sound_kernel
 from silkie_jax.training.mesh import make_mesh
@@ -27,13 +27,13 @@ def gpu(monkeypatch):
     outcomes: dict[str, object] = {}
     real = Kernel.among
 
-    def among(self, branches):
-        if self.name not in outcomes:
-            return real(Kernel(), branches)
-        return lambda q, k, v: outcomes[self.name](real(Kernel(), branches)(q, k, v))
+    def pretend(self, attend):
+        change = outcomes.get(self.name, lambda out: out)
+        return lambda q, k, v: change(attend(q, k, v))
 
     monkeypatch.setattr(module, "_platform", lambda mesh: "gpu")
-    monkeypatch.setattr(Kernel, "among", among)
+    monkeypatch.setattr(Kernel, "among", lambda self, branches: pretend(self, real(Kernel(), branches)))
+    monkeypatch.setattr(Kernel, "everywhere", lambda self, q, k, v: pretend(self, attention)(q, k, v))
     return outcomes
 
 
@@ -45,13 +45,13 @@ def test_auto_takes_the_fastest_of_the_sound_ones(gpu, monkeypatch, capsys):
     times = {"flash": 2.0, "cudnn": 1.0}
     clock = iter(np.cumsum([0, *(x for n in ("flash", "cudnn") for _ in range(6) for x in (times[n], 0.0))]).tolist())
     monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(module, "_outcome", small(module._outcome))
+    monkeypatch.setattr(module, "_run", small(module._run))
     assert sound_kernel("auto", "bfloat16", None).name == "cudnn"
     assert capsys.readouterr().out == "attention: cudnn (flash 2000.00 ms, cudnn 1000.00 ms a layer of four rows)\n"
 
 
-def small(outcome):
-    return lambda kernel, rows, length, heads, dtype: outcome(kernel, 1, 64, 1, dtype)
+def small(run):
+    return lambda kernel, rows, length, heads, width, masked, dtype: run(kernel, 1, 64, 1, 16, masked, dtype)
 
 
 def test_a_run_goes_on_with_the_kernel_that_it_began_with(gpu):
@@ -73,9 +73,47 @@ def test_a_kernel_that_fails_or_disagrees_costs_speed_and_not_the_run(gpu, capsy
     assert sound_kernel("auto", "float32", None).name == "plain"
     assert "apart from the plain ones" in capsys.readouterr().out
     gpu["flash"] = lambda out: 1.1 * out
-    assert sound_kernel("auto", "bfloat16", None, before="flash").name == "plain"
+    assert sound_kernel("auto", "bfloat16", None, before="flash").name == "cudnn"
     with pytest.raises(UserError, match=r"attention: flash is not sound on this machine: .* use attention=plain"):
         sound_kernel("flash", "float32", None)
+
+
+def test_gradients_that_are_no_numbers_are_noticed(gpu, capsys):
+    """Its values are right; each comparison with NaN is false, which must not pass for agreement."""
+
+    @jax.custom_vjp
+    def broken(out):
+        return out
+
+    broken.defvjp(lambda out: (out, None), lambda _, gradient: (jnp.nan * gradient,))
+    gpu["flash"] = broken
+    assert sound_kernel("auto", "float32", None).name == "plain"
+    assert "nan apart" in capsys.readouterr().out
+
+
+def silent(out):
+    raise NotImplementedError
+
+
+def test_an_error_without_a_message_costs_speed_and_not_the_run(gpu, capsys):
+    gpu["flash"] = silent
+    assert sound_kernel("auto", "float32", None).name == "plain"
+    assert "NotImplementedError: no message" in capsys.readouterr().out
+
+
+def test_a_kernel_that_fails_on_images_alone_is_noticed(gpu, capsys):
+    gpu["flash"] = lambda out: out if out.shape[-1] == 128 else 2 * out
+    assert sound_kernel("auto", "float32", None).name == "plain"
+
+
+def test_hosts_take_what_is_sound_on_all_of_them(gpu, monkeypatch):
+    """Another host says that flash is not sound there; the first host's choice is everybody's."""
+    monkeypatch.setattr(module.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        module.multihost_utils, "process_allgather", lambda flags: np.stack([flags, np.array([False, True])])
+    )
+    monkeypatch.setattr(module.multihost_utils, "broadcast_one_to_all", lambda number: number)
+    assert sound_kernel("auto", "bfloat16", None).name == "cudnn"
 
 
 def test_heads_and_rows_are_split_over_a_mesh():
