@@ -14,9 +14,8 @@ from silkie_jax.qwen_vl.lora import precision
 
 PADDING = -1  # the branch of a padding token
 PROMPT = 0  # the branch of the prompt; responses are 1..63
-ROW = (
-    64  # a power of two: rows that are packed one after the other in one sequence add 0, 64, 128, ... to their branches
-)
+# Rows that are packed one after the other in one sequence add 0, 64, 128, ... to their branches. A power of two.
+ROW = 64
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """From queries, keys and values [B, T, H, D] to what the queries get."""
