@@ -179,7 +179,8 @@ class TestInterruption:
         assert not list(tmp_path.iterdir())
 
     SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell began the tests in the background
 from silkie_jax.qwen_vl import {verb}
 task = {verb}.read_ahead
 def slow(tasks):
