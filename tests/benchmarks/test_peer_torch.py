@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
+torch = pytest.importorskip("torch", reason="the peer needs the dev-torch extra (make test-torch)")
+pytest.importorskip("transformers", reason="the peer needs the dev-torch extra")
+pytest.importorskip("peft", reason="the peer needs the dev-torch extra (make test-torch)")
 
 from benchmarks import peer_torch, step  # noqa: E402
 from benchmarks.workload import MODELS, TINY, make_instructions  # noqa: E402
