@@ -4,11 +4,13 @@
     python -m benchmarks.attention --topology v5e:2x2        (or h100:1: compiled for a machine that is not there)
 
 Rows are prompts of a third of the tokens and four branches; heads are Qwen-VL's, 32 of 128, in bfloat16. `vision` is
-the tower's: images of 1,024 patches, 16 heads of 104, no mask. With `--topology` nothing runs: memory and compile time
+the tower's: images of 1,024 patches, 16 heads of 104, no mask. `apart` is the largest difference of values and
+gradients to the plain path's, relative to the largest of these. With `--topology` nothing runs: memory and compile time
 only. On a CPU the one-pass kernel would be interpreted, so that there only the plain path is measured.
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -30,6 +32,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--size", default="full", help="other sizes are for trying this script, with one head")
     parser.add_argument("--topology", help="compile for it instead of running here")
     parser.add_argument("--out", help="a file, or `results` for benchmarks/results")
     args = parser.parse_args()
@@ -39,34 +42,62 @@ def main() -> None:
 
     devices = find_devices(args.topology) if args.topology else jax.devices()
     how = "compiled only" if args.topology else "times in ms"
+    title = "attention" + (f"-{args.topology.replace(':', '-')}" if args.topology else "")
     lines = [
         f"{args.rows} rows (or images) on {devices[0].device_kind}; {how}",
         "",
-        "| case | kernel | forward | x plain | with gradients | x plain | temporaries, MiB | x plain | compile, s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| case | kernel | forward | x plain | with gradients | x plain | temporaries, MiB | x plain | compile, s | apart |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     cases = [(f"rows of {length} tokens", length, HEADS, WIDTH, True) for length in args.lengths]
     for name, length, heads, width, masked in [*cases, ("vision", PATCHES, VISION_HEADS, VISION_WIDTH, False)]:
+        heads = heads if args.size == "full" else 1
         found = {kernel: measure(kernel, devices[0], args, length, heads, width, masked) for kernel in KERNELS}
         plain = found["plain"]
         for kernel, now in found.items():
             if isinstance(now, str):
-                lines.append(f"| {name} | {kernel} | {now} | | | | | | |")
+                lines.append(f"| {name} | {kernel} | {now} | | | | | | | |")
                 continue
-            base = (0.0, 0.0, 0.0) if isinstance(plain, str) else plain  # no ratio to what cannot be done
-            ratios = [f"{a / b:.2f}" if b else "" for a, b in zip(now[:3], base[:3], strict=True)]
-            cells = [f"{value:.2f} | {ratio}" for value, ratio in zip(now[:2], ratios[:2], strict=True)]
+            # No ratio to what cannot be done.
+            base = (0.0, 0.0, 0.0) if isinstance(plain, str) else (plain.forward, plain.backward, plain.temporaries)
+            each = (now.forward, now.backward, now.temporaries)
+            ratios = [f"{a / b:.2f}" if b else "" for a, b in zip(each, base, strict=True)]
+            cells = [f"{value:.2f} | {ratio}" for value, ratio in zip(each[:2], ratios[:2], strict=True)]
             shown = " | ".join(cells) if not args.topology else " | | | "
-            lines.append(f"| {name} | {kernel} | {shown} | {now[2]:.0f} | {ratios[2]} | {now[3]:.1f} |")
+            apart = "" if isinstance(plain, str) or args.topology else f"{difference(now.values, plain.values):.1e}"
+            memory = f"{now.temporaries:.0f} | {ratios[2]}"
+            lines.append(f"| {name} | {kernel} | {shown} | {memory} | {now.compiling:.1f} | {apart} |")
         print("\n".join(lines[-len(KERNELS) :]), flush=True)
-    name = "attention" + (f"-{args.topology.replace(':', '-')}" if args.topology else "")
-    keep(name, "\n".join(lines), args.out)
+        keep(title, "\n".join(lines), args.out, finished=False)
+    keep(title, "\n".join(lines), args.out)
+
+
+@dataclasses.dataclass
+class Measured:
+    """Of one kernel: milliseconds forward and with gradients, MiB, seconds, and (outcome, gradients)."""
+
+    forward: float
+    backward: float
+    temporaries: float
+    compiling: float
+    values: list[Any]
+
+
+def difference(ours: list[Any], theirs: list[Any]) -> float:
+    """The largest difference of arrays, each relative to the largest of its own."""
+    import jax.numpy as jnp
+
+    def apart(a: Any, b: Any) -> float:
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return float(jnp.abs(a - b).max() / jnp.abs(b).max())
+
+    return max(map(apart, ours, theirs))
 
 
 def measure(
     name: str, device: Any, args: argparse.Namespace, length: int, heads: int, width: int, masked: bool
-) -> tuple[float, float, float, float] | str:
-    """(ms forward, ms with gradients, MiB of temporaries, s of compiling) of a kernel, or why there is none."""
+) -> Measured | str:
+    """One kernel in one case, or why there is none."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -97,7 +128,7 @@ def measure(
         forward = jax.jit(attend).lower(part, part, part, ids).compile()
         backward = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(part, part, part, ids).compile()
         compiling = time.perf_counter() - began
-        times = (0.0, 0.0)
+        times, values = (0.0, 0.0), []
         if not args.topology:
             random = np.random.default_rng(0)
             prompt, rest = length // 3, length - length // 3
@@ -108,10 +139,11 @@ def measure(
                 milliseconds(partial(forward, *given), args.steps),
                 milliseconds(partial(backward, *given), args.steps),
             )
+            values = [forward(*given), *backward(*given)[1]]
     except Exception as e:  # whatever a compiler or a driver says of a kernel that it cannot do
         return f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0][:120]}"
     memory: Any = backward.memory_analysis()
-    return *times, memory.temp_size_in_bytes / 2**20, compiling
+    return Measured(*times, memory.temp_size_in_bytes / 2**20, compiling, values)
 
 
 def milliseconds(run: Callable[[], Any], steps: int) -> float:

@@ -132,6 +132,7 @@ def main() -> None:
         for count in args.labels:
             lines.append(compare(size, args.rows, count, trained, args.turns))
             print(lines[-1], flush=True)
+            keep(f"logprobs-{size}", "\n".join(lines), args.out, finished=False)
     keep(f"logprobs-{size}", "\n".join(lines), args.out)
 
 

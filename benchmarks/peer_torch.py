@@ -389,9 +389,12 @@ def main() -> None:
         return
     size = args.size or turns.default_size()
     variants = make_variants(args.variants, size, args.pairs, args)
-    found = turns.run_in_turns(variants, args.turns or (1 if size == "full" else 3), args)
-    lines = [f"{size} model on {turns.device_of(found)}", "", *turns.table(found, args.variants[0])]
-    keep(f"peer_torch-{size}", "\n".join(lines), args.out)
+
+    def save(found: dict[str, turns.Measured | str], finished: bool = False) -> None:
+        lines = [f"{size} model on {turns.device_of(found)}", "", *turns.table(found, args.variants[0])]
+        keep(f"peer_torch-{size}", "\n".join(lines), args.out, finished=finished)
+
+    save(turns.run_in_turns(variants, args.turns or (1 if size == "full" else 3), args, save), finished=True)
 
 
 if __name__ == "__main__":

@@ -15,29 +15,31 @@ prints `ours : peer`.
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml  # which Flax brings along
 
 from benchmarks import peer_torch, turns
 from benchmarks.common import keep
 from benchmarks.workload import LORA_ALPHA, MODELS, RESPONSES, lora_rank, make_instructions, work_of
 from silkie_jax.errors import UserError
-from silkie_jax.training.config import TrainConfig, load_config
+from silkie_jax.training.config import TrainConfig, complete
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "silkie.yaml"
-# Keys of the training configuration that can be varied, with their values by default. One more is one line more.
+# Keys of the training configuration that can be varied, with their values by default (one more is one line more), and
+# `tokens`, the length that rows are padded to (null: as the library pads them).
 VARIED: dict[str, list[str]] = {
     "batch_rows": ["4"],
     "accumulate": ["1"],
     "remat": ["full", "dots", "none"],
     "reference": ["precomputed"],
     "attention": ["auto"],
+    "tokens": ["null"],
 }
 KEYS = list(VARIED)
 
@@ -55,10 +57,27 @@ def make_variants(args: argparse.Namespace, size: str) -> list[turns.Variant]:
     out = []
     for chosen in combinations:
         name = ", ".join(f"{key} {chosen[key]}" for key in several) or "ours"
+        tokens = yaml.safe_load(chosen.pop("tokens"))
         overrides = [f"{key}={value}" for key, value in chosen.items()] + args.set
-        options = {"size": size, "overrides": overrides, "tokens": args.tokens}
+        options = {"size": size, "overrides": overrides, "tokens": tokens}
         out.append(turns.Variant(name, "benchmarks.step", options | {"steps": args.steps, "warmup": args.warmup}))
     return out
+
+
+def make_config(overrides: list[str]) -> TrainConfig:
+    """Silkie's recipe (TrainConfig's defaults) with `key=value` changes. Needs no YAML file and so no OmegaConf."""
+    config = TrainConfig(model="random", corpus="random", run_dir="none", steps=1000)
+    for item in overrides:
+        key, _, value = item.partition("=")
+        *path, name = key.split(".")
+        try:
+            place = functools.reduce(getattr, path, config)
+            before = getattr(place, name)
+        except AttributeError:
+            raise UserError(f"--set {item}: the training config has no key {key}") from None
+        given = yaml.safe_load(value)
+        setattr(place, name, float(given) if isinstance(before, float) and given is not None else given)
+    return complete(config)
 
 
 def random_state(program: Any) -> Any:
@@ -134,16 +153,16 @@ def measure(options: dict[str, Any]) -> turns.Measured:
     config = MODELS[options["size"]]
     rank = lora_rank(config)
     cpu = jax.default_backend() == "cpu"
-    overrides = ["model=random", "corpus=random", "run_dir=none", "batch_pairs=null", "epochs=null", "steps=1000"]
-    overrides += [f"lora.rank={rank}", f"lora.alpha={LORA_ALPHA * rank}", f"dtype={'float32' if cpu else 'bfloat16'}"]
-    train = load_config(CONFIG, [*overrides, *options["overrides"]])
+    overrides = [f"lora.rank={rank}", f"lora.alpha={LORA_ALPHA * rank}", f"dtype={'float32' if cpu else 'bfloat16'}"]
+    train = make_config([*overrides, *options["overrides"]])
     mesh = make_mesh(train.mesh.data, train.mesh.fsdp, train.mesh.tensor)
     if train.batch_rows % batch_shards(mesh):
         raise UserError(f"batch_rows {train.batch_rows} must be a multiple of the {batch_shards(mesh)} devices")
-    # As `silkie train` does: `auto` is measured, and a kernel that is not sound here is refused.
-    kernel = sound_kernel(train.attention, train.dtype, mesh, say=lambda line: print(line, file=sys.stderr)).name
-    note = f"{kernel} attention" if train.attention == "auto" else ""
-    train = dataclasses.replace(train, attention=kernel)
+    note = ""
+    if train.attention == "auto":  # measured, as `silkie train` does; one that is named is compared by attention.py
+        kernel = sound_kernel("auto", train.dtype, mesh, say=lambda line: print(line, file=sys.stderr)).name
+        note = f"{kernel} attention"
+        train = dataclasses.replace(train, attention=kernel)
     program = Program(train, config, mesh, steps=1000)
     arrays, shape, work = make_batch(config, train, options["tokens"])
     began = time.perf_counter()
@@ -190,7 +209,6 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the training config, in all variants"
     )
-    parser.add_argument("--tokens", type=int, help="length that rows are padded to (default: as the library does)")
     parser.add_argument("--peer", nargs="*", choices=peer_torch.VARIANTS, help="and PyTorch variants (default: all)")
     parser.add_argument("--peer-pairs", type=int, help="pairs of a peer's step (default: the first batch_rows)")
     turns.add_options(parser)
@@ -204,17 +222,15 @@ def main() -> None:
         peer_torch.check_installed()
         pairs = args.peer_pairs or int(args.batch_rows[0])
         peers = peer_torch.make_variants(args.peer or list(peer_torch.VARIANTS), size, pairs, args)
-        variants[1:1] = peers  # what is compared most comes first, should the time run out
-    found = turns.run_in_turns(variants, args.turns or (1 if size == "full" else 3), args)
-    lines = [
-        f"`python -m benchmarks.step {' '.join(sys.argv[1:])}`",
-        "",
-        f"{size} model on {turns.device_of(found)}",
-        "",
-    ]
-    lines += turns.table(found, variants[0].name)
-    lines += peer_torch.against(found, [v.name for v in variants if v.module == "benchmarks.step"])
-    keep(f"step-{size}", "\n".join(lines), args.out)
+        variants[2:2] = peers  # what is compared most comes first, should the time run out
+
+    def save(found: dict[str, turns.Measured | str], finished: bool = False) -> None:
+        lines = [f"`python -m benchmarks.step {' '.join(sys.argv[1:])}`", ""]
+        lines += [f"{size} model on {turns.device_of(found)}", "", *turns.table(found, variants[0].name)]
+        lines += peer_torch.against(found, [v.name for v in variants if v.module == "benchmarks.step"])
+        keep(f"step-{size}", "\n".join(lines), args.out, finished=finished)
+
+    save(turns.run_in_turns(variants, args.turns or (1 if size == "full" else 3), args, save), finished=True)
 
 
 if __name__ == "__main__":

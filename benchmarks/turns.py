@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import devices
 from benchmarks.workload import PAIRS_EACH
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,8 +81,15 @@ class Variant:
     options: dict[str, Any]
 
 
-def run_in_turns(variants: list[Variant], turns: int, args: argparse.Namespace) -> dict[str, Measured | str]:
+def run_in_turns(
+    variants: list[Variant],
+    turns: int,
+    args: argparse.Namespace,
+    save: Callable[[dict[str, Measured | str]], object] = lambda found: None,
+) -> dict[str, Measured | str]:
     """Measures every variant in every turn; in place of one that failed stands the reason, in one line.
+
+    `save` is given what has been found after each of them, so that a run that is cut off keeps it.
 
     What is not begun after `args.minutes` is left out, a process is stopped after `args.limit` seconds.
     """
@@ -93,7 +101,7 @@ def run_in_turns(variants: list[Variant], turns: int, args: argparse.Namespace) 
             **os.environ,
             "OMP_WAIT_POLICY": "PASSIVE",  # PyTorch on a CPU: threads that wait do not count as busy
             "JAX_COMPILATION_CACHE_DIR": cache,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "XLA_PYTHON_CLIENT_MEM_FRACTION": os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92"),
         }
         for turn in range(turns):
@@ -111,6 +119,7 @@ def run_in_turns(variants: list[Variant], turns: int, args: argparse.Namespace) 
                     before.busy += now.busy
                     before.matmul = (before.matmul * turn + now.matmul) / (turn + 1)
                     before.peak = max(before.peak, now.peak)
+                save(found)
     return found
 
 
@@ -207,7 +216,5 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def default_size() -> str:
-    """`full` where JAX finds an accelerator, else `scaled`. Another process asks: this one must not take its memory."""
-    code = "import jax; print(jax.default_backend())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
-    return "full" if done.stdout.strip() not in ("", "cpu") else "scaled"
+    """`full` where JAX finds an accelerator, else `scaled`."""
+    return "scaled" if devices().endswith(("cpu", "no device")) else "full"

@@ -162,7 +162,7 @@ def _corpus_import(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from silkie_jax.training.config import load_config
+    from silkie_jax.training.config_file import load_config
 
     config = load_config(args.config, args.overrides)
     _start_hosts(args)
@@ -172,7 +172,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _reference(args: argparse.Namespace) -> None:
-    from silkie_jax.training.config import load_config
+    from silkie_jax.training.config_file import load_config
 
     config = load_config(args.config, args.overrides)
     _start_hosts(args)
@@ -182,7 +182,7 @@ def _reference(args: argparse.Namespace) -> None:
 
 
 def _compile(args: argparse.Namespace) -> int:
-    from silkie_jax.training.config import load_config
+    from silkie_jax.training.config_file import load_config
     from silkie_jax.training.forecast import Lengths, forecast
     from silkie_jax.training.topologies import prepare
 

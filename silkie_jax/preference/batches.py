@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import grain
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
@@ -190,6 +189,8 @@ class BatchSource:
 
     def iterate(self, start: int, stop: int, workers: int = 2) -> Iterator[Batch]:
         """The batches of steps start..stop-1, prepared ahead by threads."""
+        import grain
+
         steps = grain.MapDataset.source(range(start, stop)).map(self.batch)
         options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
         return iter(steps.to_iter_dataset(options))

@@ -14,7 +14,8 @@ from silkie_jax.qwen_vl.peft import save_adapter
 from silkie_jax.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.qwen_vl.weights import save_model
 from silkie_jax.training.checkpoint import Checkpoints
-from silkie_jax.training.config import TrainConfig, check_same_run, save_config
+from silkie_jax.training.config import TrainConfig
+from silkie_jax.training.config_file import check_same_run, save_config
 from silkie_jax.training.data import Data, open_data
 from silkie_jax.training.distributed import StopRequest
 from silkie_jax.training.kernel import sound_kernel

@@ -6,7 +6,7 @@ from pathlib import Path
 from silkie_jax.errors import UserError
 from silkie_jax.qwen_vl.export import export
 from silkie_jax.qwen_vl.output import new_folder
-from silkie_jax.training.config import load_config
+from silkie_jax.training.config_file import load_config
 
 
 def export_run(

@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import grain
 import jax
 import numpy as np
 from flax import nnx
@@ -22,6 +21,9 @@ from silkie_jax.training.data import local_sequences
 from silkie_jax.training.mesh import batch_shards, replicated
 from silkie_jax.training.step import block_wrapper, response_logps
 from silkie_jax.training.trainer import put
+
+if TYPE_CHECKING:
+    import grain
 
 
 class Scored(NamedTuple):
@@ -63,6 +65,8 @@ class Scorer:
 
     def __call__(self, records: Sequence[Record]) -> list[Scored]:
         """Scores records; rows of like length go through the model together."""
+        import grain
+
         rows = [self._row(record) for record in records]
         laid_out = {i: row for i, row in enumerate(rows) if isinstance(row, Row)}
         order = sorted(laid_out, key=lambda i: len(laid_out[i].tokens))
@@ -91,7 +95,9 @@ class Scorer:
         arrays |= decode_images(groups, shape.images, self.config.visual.image_size, local)
         return {name: values[None] for name, values in arrays.items()}, shape.branches
 
-    def _ahead(self, prepared: grain.MapDataset | list) -> grain.IterDataset | list:
+    def _ahead(self, prepared: "grain.MapDataset | list") -> "grain.IterDataset | list":
+        import grain
+
         if isinstance(prepared, list):
             return prepared
         options = grain.ReadOptions(num_threads=self.workers, prefetch_buffer_size=2 * self.workers)

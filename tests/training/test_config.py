@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from silkie_jax.errors import UserError
-from silkie_jax.training.config import check_same_run, load_config, make_config, save_config
+from silkie_jax.training.config_file import check_same_run, load_config, make_config, save_config
 
 GIVEN = {"model": "m", "corpus": "c", "run_dir": "r"}
 

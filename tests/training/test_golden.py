@@ -15,7 +15,7 @@ from silkie_jax.preference.rows import Row
 from silkie_jax.qwen_vl.attention import PADDING
 from silkie_jax.qwen_vl.names import adapter_names, leaves
 from silkie_jax.qwen_vl.weights import load_model
-from silkie_jax.training.config import make_config
+from silkie_jax.training.config_file import make_config
 from silkie_jax.training.loop import save_result
 from silkie_jax.training.mesh import make_mesh
 from silkie_jax.training.step import Objective

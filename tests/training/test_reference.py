@@ -6,7 +6,7 @@ import pytest
 from silkie_jax.corpus import CorpusReader
 from silkie_jax.errors import UserError
 from silkie_jax.preference.reference import PART, ReferenceStore, find_reference
-from silkie_jax.training.config import make_config
+from silkie_jax.training.config_file import make_config
 from silkie_jax.training.loop import train
 from silkie_jax.training.reference import compute_reference
 from tests.training.support import make_tiny, read_lines, record, write_corpus

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from silkie_jax.training.config import load_config
+from silkie_jax.training.config_file import load_config
 from silkie_jax.training.loop import train
 from tests.training.support import make_tiny, read_lines, record, write_corpus
 

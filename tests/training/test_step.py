@@ -17,7 +17,7 @@ from silkie_jax.qwen_vl.lora import add_lora
 from silkie_jax.qwen_vl.names import leaves
 from silkie_jax.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.qwen_vl.weights import load_model
-from silkie_jax.training.config import make_config
+from silkie_jax.training.config_file import make_config
 from silkie_jax.training.loop import save_result
 from silkie_jax.training.mesh import make_mesh
 from silkie_jax.training.step import Objective, decay_mask, make_optimizer, make_schedule, trainable_filter
