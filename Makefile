@@ -11,7 +11,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 LINTED := silkie_jax data_prep benchmarks examples tests
-# `make test TEST="tests/qwen_vl -k lora"` runs some of the tests.
+# `make test TEST="tests/nn -k lora"` runs some of the tests.
 TEST ?= tests
 
 help:  ## show this list
@@ -30,7 +30,7 @@ test-torch: $(VENV)/.installed-dev-torch  ## the tests that need the torch extra
 	$(BIN)/python -m pytest $$(grep -rlE 'importorskip\(.torch' tests --include='test_*.py')
 
 test-compile: $(VENV)/.installed-dev-tpu  ## compiles pod configs at full size with the TPU compiler (brings libtpu)
-	$(BIN)/python -m pytest tests/training/test_forecast.py -k fits_pods
+	$(BIN)/python -m pytest tests/forecast/test_forecast.py -k fits_pods
 
 lint: $(VENV)/.installed-dev  ## ruff (lint and format) and mypy
 	$(BIN)/ruff check $(LINTED)

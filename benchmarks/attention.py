@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.common import keep
 from silkie_jax.errors import UserError
-from silkie_jax.training.topologies import find_devices, prepare
+from silkie_jax.hardware.topologies import find_devices, prepare
 
 HEADS, WIDTH = 32, 128
 VISION_HEADS, VISION_WIDTH, PATCHES = 16, 104, 1024
@@ -46,7 +46,8 @@ def main() -> None:
     lines = [
         f"{args.rows} rows (or images) on {devices[0].device_kind}; {how}",
         "",
-        "| case | kernel | forward | x plain | with gradients | x plain | temporaries, MiB | x plain | compile, s | apart |",
+        "| case | kernel | forward | x plain | with gradients | x plain | temporaries, MiB | x plain | compile, s | apart "
+        "|",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     cases = [(f"rows of {length} tokens", length, HEADS, WIDTH, True) for length in args.lengths]
@@ -103,8 +104,8 @@ def measure(
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from silkie_jax.training.kernel import attention_kernel
-    from silkie_jax.training.mesh import AXES
+    from silkie_jax.hardware.kernel import attention_kernel
+    from silkie_jax.hardware.mesh import AXES
 
     mesh = Mesh(np.asarray([device]).reshape(1, 1, 1), AXES)
     try:

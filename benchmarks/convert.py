@@ -74,8 +74,8 @@ def run_step(step: str, work: Path) -> None:
         start = time.perf_counter()
         copy_folder(work / "source", work / "copy")
     else:
-        from silkie_jax.qwen_vl.convert import convert
-        from silkie_jax.qwen_vl.export import export
+        from silkie_jax.checkpoints.convert import convert
+        from silkie_jax.checkpoints.export import export
 
         start = time.perf_counter()
         match step:
@@ -101,9 +101,9 @@ def copy_folder(src: Path, dst: Path) -> None:
 
 def make_checkpoint(folder: Path, config: dict, files: int) -> int:
     """Writes random bfloat16 weights of the given configuration; returns the bytes of weights."""
-    from silkie_jax.qwen_vl.config import QwenVLConfig
-    from silkie_jax.qwen_vl.names import leaves, official_tensors
-    from silkie_jax.qwen_vl.tensor_files import BFLOAT16, SAFETENSORS_INDEX, index_of, nbytes, plan_shards
+    from silkie_jax.checkpoints.tensor_files import BFLOAT16, SAFETENSORS_INDEX, index_of, nbytes, plan_shards
+    from silkie_jax.models.qwen_vl.config import QwenVLConfig
+    from silkie_jax.models.qwen_vl.names import leaves, official_tensors
 
     tree = leaves(QwenVLConfig.from_dict(config))
     tensors = [(name, BFLOAT16, leaf.official) for name, leaf, _ in official_tensors(tree)]
@@ -134,7 +134,7 @@ def random_pieces(block: np.ndarray, count: int, rng: np.random.Generator):
 
 def compare(source: Path, export: Path) -> None:
     """Every tensor of the export has the bytes that it had in the source."""
-    from silkie_jax.qwen_vl.tensor_files import list_folder
+    from silkie_jax.checkpoints.tensor_files import list_folder
 
     first, second = list_folder(source).tensors, list_folder(export).tensors
     assert first.keys() == second.keys()
@@ -186,7 +186,7 @@ def describe(size: int, results: dict[str, dict[str, float]]) -> str:
 
 
 def full_config() -> dict:
-    from silkie_jax.qwen_vl.config import QWEN_VL_CHAT
+    from silkie_jax.models.qwen_vl.config import QWEN_VL_CHAT
 
     return QWEN_VL_CHAT.to_dict() | {"model_type": "qwen", "torch_dtype": "bfloat16", "bf16": True}
 

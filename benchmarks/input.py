@@ -22,10 +22,10 @@ from benchmarks.common import keep
 from examples.tiny_qwen_vl import make_checkpoint
 from silkie_jax.corpus import CorpusReader, Record, Response
 from silkie_jax.corpus.shards import CorpusBuilder
+from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.preference.batches import BatchSource, RowOptions
 from silkie_jax.preference.layout import lay_out
 from silkie_jax.preference.plan import Plan
-from silkie_jax.qwen_vl.tokenizer import Tokenizer
 
 WORDS = (
     "the",

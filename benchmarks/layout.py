@@ -31,13 +31,14 @@ from benchmarks.workload import (
     make_instructions,
     work_of,
 )
+from silkie_jax.models.qwen_vl.config import QWEN_VL_CHAT, QwenVLConfig
+from silkie_jax.models.qwen_vl.flops import Training, step_flops
+from silkie_jax.models.qwen_vl.model import QwenVL
+from silkie_jax.nn.lora import add_lora
+from silkie_jax.preference.counts import Work
+from silkie_jax.preference.forward import block_wrapper
 from silkie_jax.preference.logprobs import branch_sums, token_logprobs
-from silkie_jax.preference.work import Work
-from silkie_jax.qwen_vl.config import QWEN_VL_CHAT, QwenVLConfig
-from silkie_jax.qwen_vl.lora import add_lora
-from silkie_jax.qwen_vl.model import QwenVL
-from silkie_jax.training.flops import Training, step_flops
-from silkie_jax.training.step import block_wrapper, trainable_filter
+from silkie_jax.training.step import trainable_filter
 
 ARRAYS = ("tokens", "positions", "branches", "predecessors", "labels", "label_branches")
 TARGETS = ("c_attn", "attn.c_proj", "w1", "w2")

@@ -39,8 +39,8 @@ from benchmarks.workload import (
     work_of,
 )
 from silkie_jax.errors import UserError
-from silkie_jax.qwen_vl.config import QwenVLConfig
-from silkie_jax.training.flops import Training, resampler_forward, step_flops, vision_forward
+from silkie_jax.models.qwen_vl.config import QwenVLConfig
+from silkie_jax.models.qwen_vl.flops import Training, resampler_forward, step_flops, vision_forward
 
 if TYPE_CHECKING:
     import torch
@@ -337,7 +337,7 @@ def measure(options: dict[str, Any]) -> turns.Measured:
     """One variant, in this process."""
     import torch
 
-    from silkie_jax.training.chips import find_chip
+    from silkie_jax.hardware.chips import find_chip
 
     config, recipe, pairs = MODELS[options["size"]], VARIANTS[options["variant"]], options["pairs"]
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)

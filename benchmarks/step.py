@@ -144,10 +144,11 @@ def measure(options: dict[str, Any]) -> turns.Measured:
     """One variant, in this process."""
     import jax
 
-    from silkie_jax.training.chips import find_chip
-    from silkie_jax.training.flops import step_flops, training_of
-    from silkie_jax.training.kernel import sound_kernel
-    from silkie_jax.training.mesh import batch_shards, make_mesh
+    from silkie_jax.hardware.chips import find_chip
+    from silkie_jax.hardware.kernel import sound_kernel
+    from silkie_jax.hardware.mesh import batch_shards, make_mesh
+    from silkie_jax.models.qwen_vl.flops import step_flops
+    from silkie_jax.training.config import training_of
     from silkie_jax.training.trainer import Program, put
 
     config = MODELS[options["size"]]

@@ -10,9 +10,9 @@ import itertools
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from silkie_jax.models.qwen_vl.config import IMAGE_TOKENS, QWEN_VL_CHAT, QwenVLConfig, VisionConfig
+from silkie_jax.preference.counts import Work, row_work
 from silkie_jax.preference.rows import Row
-from silkie_jax.preference.work import Work, row_work
-from silkie_jax.qwen_vl.config import IMAGE_TOKENS, QWEN_VL_CHAT, QwenVLConfig, VisionConfig
 
 PROMPT, RESPONSE, RESPONSES = 330, 150, 4
 PAIRS_EACH = 4.75

@@ -18,7 +18,7 @@ async def local_server(agent: Agent, name: str) -> AsyncIterator[str]:
     Raises:
         UserError: it does not start, in its own words.
     """
-    command = [sys.executable, "-m", "silkie_jax.evaluation.serve", str(agent.local), "--port", "0", "--end-with-stdin"]
+    command = [sys.executable, "-m", "silkie_jax.serving.serve", str(agent.local), "--port", "0", "--end-with-stdin"]
     command += ["--dtype", agent.dtype, *(["--adapter", agent.adapter] if agent.adapter else [])]
     process = await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.PIPE, start_new_session=True

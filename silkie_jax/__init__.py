@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from silkie_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from silkie_jax.generation.generate import generate
     from silkie_jax.loading import load
-    from silkie_jax.qwen_vl.generate import generate
-    from silkie_jax.qwen_vl.image import read_image
+    from silkie_jax.models.qwen_vl.image import read_image
 
 _WHERE = {
     "load": "silkie_jax.loading",
-    "generate": "silkie_jax.qwen_vl.generate",
-    "read_image": "silkie_jax.qwen_vl.image",
+    "generate": "silkie_jax.generation.generate",
+    "read_image": "silkie_jax.models.qwen_vl.image",
 }
 
 __all__ = ["UserError", "generate", "load", "read_image"]

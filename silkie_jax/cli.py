@@ -130,13 +130,13 @@ def _add_hosts(p: argparse.ArgumentParser) -> None:
 
 
 def _start_hosts(args: argparse.Namespace) -> None:
-    from silkie_jax.training.distributed import start
+    from silkie_jax.hardware.distributed import start
 
     start(args.coordinator, args.processes, args.process)
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from silkie_jax.qwen_vl.convert import convert
+    from silkie_jax.checkpoints.convert import convert
 
     convert(args.src, args.dst, dtype=args.dtype)
     print(f"converted to {args.dst}")
@@ -176,15 +176,15 @@ def _reference(args: argparse.Namespace) -> None:
 
     config = load_config(args.config, args.overrides)
     _start_hosts(args)
-    from silkie_jax.training.reference import compute_reference
+    from silkie_jax.scoring.reference import compute_reference
 
     print(f"stored: {compute_reference(config)}")
 
 
 def _compile(args: argparse.Namespace) -> int:
+    from silkie_jax.forecast.forecast import Lengths, forecast
+    from silkie_jax.hardware.topologies import prepare
     from silkie_jax.training.config_file import load_config
-    from silkie_jax.training.forecast import Lengths, forecast
-    from silkie_jax.training.topologies import prepare
 
     config = load_config(args.config, args.overrides)
     prepare(args.topology)
@@ -194,7 +194,7 @@ def _compile(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> None:
-    from silkie_jax.training.score import score
+    from silkie_jax.scoring.score import score
 
     score(
         args.model,
@@ -208,7 +208,7 @@ def _score(args: argparse.Namespace) -> None:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    from silkie_jax.evaluation.answer import answer
+    from silkie_jax.generation.answer import answer
 
     reply = answer(
         args.model,

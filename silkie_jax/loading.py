@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from silkie_jax.qwen_vl.model import QwenVL
-from silkie_jax.qwen_vl.tokenizer import Tokenizer
-from silkie_jax.qwen_vl.weights import load_model
+from silkie_jax.checkpoints.weights import load_model
+from silkie_jax.models.qwen_vl.model import QwenVL
+from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 
 
 def load(path: str | Path, dtype: str = "float32", adapter: str | Path | None = None) -> tuple[QwenVL, Tokenizer]:

@@ -44,3 +44,36 @@ def golden() -> Path:
 def photos() -> Path:
     """Nine real photographs."""
     return _folder("photos")
+
+
+# Models that several files test, loaded once.
+
+
+@pytest.fixture(scope="session")
+def reference_data(golden):
+    from tests.reference.golden import Golden
+
+    return Golden(golden)
+
+
+@pytest.fixture(scope="session")
+def golden_model(reference_data):
+    from silkie_jax.checkpoints.weights import load_model
+
+    return load_model(reference_data.checkpoint)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """Long enough for two images below seq_length."""
+    from tests.pairs import make_pair
+
+    return make_pair(tmp_path_factory.mktemp("pair"), seq_length=640)
+
+
+@pytest.fixture(scope="session")
+def short_pair(tmp_path_factory):
+    """The same weights with a seq_length that a few words exceed."""
+    from tests.pairs import make_pair
+
+    return make_pair(tmp_path_factory.mktemp("short_pair"), seq_length=24)

@@ -13,8 +13,8 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from silkie_jax import cli
-from silkie_jax.qwen_vl.weights import load_model
-from silkie_jax.training import score as scoring
+from silkie_jax.checkpoints.weights import load_model
+from silkie_jax.scoring import score as scoring
 from tests.training.support import image_bytes, make_tiny, read_lines, record, write_corpus
 
 ROOT = Path(__file__).resolve().parents[1]

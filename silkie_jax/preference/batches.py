@@ -14,13 +14,13 @@ from jaxtyping import Bool, Float, Int, UInt8
 from silkie_jax.corpus import CorpusReader, Record
 from silkie_jax.corpus.pairs import Rule, pairs
 from silkie_jax.errors import UserError
+from silkie_jax.models.qwen_vl.image import read_image
+from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
+from silkie_jax.nn.attention import PADDING, ROW
+from silkie_jax.preference.counts import Work, response_lengths, row_work
 from silkie_jax.preference.layout import Layout
 from silkie_jax.preference.plan import Plan
 from silkie_jax.preference.rows import ROW_FORM, Row, make_row
-from silkie_jax.preference.work import Work, response_lengths, row_work
-from silkie_jax.qwen_vl.attention import PADDING, ROW
-from silkie_jax.qwen_vl.image import read_image
-from silkie_jax.qwen_vl.tokenizer import Tokenizer
 
 Arrays = dict[str, np.ndarray]
 ReferenceLogps = Callable[[int, Sequence[int]], Float[np.ndarray, "K"]]

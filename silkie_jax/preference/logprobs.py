@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from silkie_jax.qwen_vl.lora import precision
+from silkie_jax.nn.precision import precision
 
 CHUNK = 128  # labelled positions of a row that meet the vocabulary at once
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from silkie_jax.errors import UserError
 
@@ -39,6 +39,20 @@ class Pairs(NamedTuple):
     def margin(self) -> Float[Array, "P"]:
         """h of the IPO paper; beta times it is the reward margin of DPO."""
         return self.chosen_log_ratio - self.rejected_log_ratio
+
+
+def make_pairs(
+    policy: Float[Array, "B K"],
+    reference: Float[Array, "B K"],
+    tokens: Float[Array, "B K"],
+    pairs: Int[Array, "B P 2"],
+) -> Pairs:
+    """The pairs of all rows in one list: a row of K branches gives all its pairs from K log-probabilities."""
+
+    def pick(values: Float[Array, "B K"], side: int) -> Float[Array, "B*P"]:
+        return jnp.take_along_axis(values, pairs[..., side], axis=1).reshape(-1)
+
+    return Pairs(*(pick(values, side) for values in (policy, reference, tokens) for side in (0, 1)))
 
 
 @dataclasses.dataclass(frozen=True)

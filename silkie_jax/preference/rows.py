@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from silkie_jax.errors import UserError
-from silkie_jax.qwen_vl import chat
-from silkie_jax.qwen_vl.tokenizer import Tokenizer
+from silkie_jax.models.qwen_vl import chat
+from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from silkie_jax.corpus.schema import Record

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from silkie_jax.errors import UserError
+from silkie_jax.models.qwen_vl.flops import Training
 from silkie_jax.preference.losses import LossOptions, check_loss
 
 OBJECTIVES = ("dpo", "sft")
@@ -184,3 +185,15 @@ def _check(config: TrainConfig, where: str) -> None:
         check_loss(config.loss, config.loss_options)
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
+
+
+def training_of(config: TrainConfig) -> Training:
+    """What a run's configuration says about the work of its steps."""
+    return Training(
+        lora_rank=config.lora.rank if config.lora else None,
+        lora_targets=tuple(config.lora.targets) if config.lora else (),
+        train_vision=config.train_vision,
+        live_reference=config.reference in ("adapter_off", "copy"),
+        remat=config.remat,
+        attention_again=config.attention in ("plain", "cudnn"),
+    )

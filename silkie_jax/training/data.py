@@ -7,18 +7,18 @@ from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from silkie_jax.corpus import CorpusReader, split
 from silkie_jax.corpus.pairs import check_rule
 from silkie_jax.errors import UserError
+from silkie_jax.hardware.mesh import batch_shards, local_sequences
+from silkie_jax.models.qwen_vl.config import QwenVLConfig
+from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.preference.batches import BatchSource, ReferenceLogps, RowOptions
 from silkie_jax.preference.layout import SIZES, TOO_LONG, UNUSABLE, lay_out
 from silkie_jax.preference.plan import Plan
-from silkie_jax.qwen_vl.config import QwenVLConfig
-from silkie_jax.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.training.config import TrainConfig
-from silkie_jax.training.mesh import batch_sharding, batch_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +108,3 @@ def _skipped(corpus: CorpusReader, sizes: Int[np.ndarray, "R 6"]) -> Skipped:
         too_long=[ids[i] for i in np.flatnonzero(tokens == TOO_LONG)],
         cut={ids[i]: int(cut[i]) for i in np.flatnonzero((tokens > TOO_LONG) & (cut > 0))},
     )
-
-
-def local_sequences(mesh: Mesh, count: int) -> Bool[np.ndarray, "B"]:
-    """Which of `count` sequences lie on this host's devices."""
-    local = np.zeros(count, bool)
-    for index in batch_sharding(mesh).addressable_devices_indices_map((count,)).values():
-        local[index] = True
-    return local

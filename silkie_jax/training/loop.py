@@ -5,24 +5,24 @@ from pathlib import Path
 
 import jax
 
+from silkie_jax.checkpoints.peft import save_adapter
+from silkie_jax.checkpoints.weights import save_model
 from silkie_jax.corpus import CorpusReader
 from silkie_jax.errors import UserError
+from silkie_jax.hardware.distributed import StopRequest
+from silkie_jax.hardware.kernel import sound_kernel
+from silkie_jax.hardware.mesh import make_mesh
+from silkie_jax.models.qwen_vl.model import QwenVL
+from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.preference.batches import Batch, BatchSource, ReferenceLogps
-from silkie_jax.preference.reference import find_reference
-from silkie_jax.qwen_vl.model import QwenVL
-from silkie_jax.qwen_vl.peft import save_adapter
-from silkie_jax.qwen_vl.tokenizer import Tokenizer
-from silkie_jax.qwen_vl.weights import save_model
+from silkie_jax.scoring.reference import identity
+from silkie_jax.scoring.store import find_reference
 from silkie_jax.training.checkpoint import Checkpoints
 from silkie_jax.training.config import TrainConfig
 from silkie_jax.training.config_file import check_same_run, save_config
 from silkie_jax.training.data import Data, open_data
-from silkie_jax.training.distributed import StopRequest
-from silkie_jax.training.kernel import sound_kernel
-from silkie_jax.training.mesh import make_mesh
 from silkie_jax.training.meters import Meters
 from silkie_jax.training.metrics import MetricsWriter, check_wandb
-from silkie_jax.training.reference import identity
 from silkie_jax.training.trainer import Program, Trainer, load_policy, with_adapter_form
 
 

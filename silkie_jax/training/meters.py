@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator
 
 import jax
 
+from silkie_jax.hardware.chips import find_chip
+from silkie_jax.models.qwen_vl.flops import step_flops
 from silkie_jax.preference.batches import Batch
-from silkie_jax.preference.work import Work
-from silkie_jax.training.chips import find_chip
-from silkie_jax.training.flops import step_flops, training_of
+from silkie_jax.preference.counts import Work
+from silkie_jax.training.config import training_of
 from silkie_jax.training.trainer import Program
 
 

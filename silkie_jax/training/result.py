@@ -3,9 +3,9 @@
 import shutil
 from pathlib import Path
 
+from silkie_jax.checkpoints.export import export
+from silkie_jax.checkpoints.folders import new_folder
 from silkie_jax.errors import UserError
-from silkie_jax.qwen_vl.export import export
-from silkie_jax.qwen_vl.output import new_folder
 from silkie_jax.training.config_file import load_config
 
 

@@ -11,15 +11,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from silkie_jax.preference.logprobs import branch_sums, token_logprobs
-from silkie_jax.preference.losses import LOSSES, LossOptions, Pairs
-from silkie_jax.qwen_vl.attention import PLAIN, Kernel
-from silkie_jax.qwen_vl.flash import FLASH
-from silkie_jax.qwen_vl.lora import LINEAR
-from silkie_jax.qwen_vl.model import QwenVL
-from silkie_jax.training.mesh import batch_sharding, sharding_of
+from silkie_jax.models.qwen_vl.model import QwenVL
+from silkie_jax.nn.attention import PLAIN, Kernel
+from silkie_jax.preference.forward import block_wrapper, response_logps
+from silkie_jax.preference.logprobs import branch_sums
+from silkie_jax.preference.losses import LOSSES, LossOptions, make_pairs
 
 Arrays = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
@@ -50,55 +48,6 @@ def trainable_filter(*, lora: bool, train_vision: str) -> Callable[[tuple, Any],
 
 _RESAMPLER = ("attn_pool", "ln_post", "proj")
 _FIXED = ("visual", "attn_pool", "pos_embed")  # a table of sines: the official code never trains it
-
-
-def response_logps(
-    model: QwenVL,
-    batch: Arrays,
-    features: Array | None,
-    *,
-    branches: int,
-    adapter: bool,
-    wrap: Callable,
-    kernel: Kernel = PLAIN,
-    frozen_head: bool = False,
-) -> Float[Array, "B K"]:
-    """Summed log-probability of each branch's labels, in training mode."""
-    hidden = model.hidden(
-        batch["tokens"],
-        batch["positions"],
-        batch["branches"],
-        features,
-        train=True,
-        adapter=adapter,
-        wrap=wrap,
-        kernel=kernel,
-    )
-    head = model.language.lm_head.weight[...]
-    if frozen_head and kernel.mesh is not None:  # gathered once, and not again for every chunk
-        where = sharding_of(kernel.mesh, ("vocab", None), head.shape)
-        head = jax.lax.with_sharding_constraint(head, where)
-    logps = token_logprobs(hidden, batch["predecessors"], batch["labels"], head, frozen_head=frozen_head)
-    return branch_sums(logps, batch["label_branches"], branches)
-
-
-def block_wrapper(remat: str, mesh: Mesh | None) -> Callable:
-    """What goes around each layer: rematerialisation, and rows kept over the batch axes of the mesh."""
-    keep = {
-        "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.save_only_these_names(LINEAR, FLASH),
-    }.get(remat)
-
-    def wrap(body: Callable) -> Callable:
-        def constrained(x: Array, layer: Any) -> tuple[Array, None]:
-            if mesh is not None:
-                x = jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
-            return body(x, layer)
-
-        # `prevent_cse` only matters outside of a scan.
-        return constrained if keep is None else jax.checkpoint(constrained, policy=keep, prevent_cse=False)
-
-    return wrap
 
 
 class Step:
@@ -232,20 +181,6 @@ class Step:
             "logps/chosen": add(pairs.policy_chosen),
             "logps/rejected": add(pairs.policy_rejected),
         }
-
-
-def make_pairs(
-    policy: Float[Array, "B K"],
-    reference: Float[Array, "B K"],
-    tokens: Float[Array, "B K"],
-    pairs: Int[Array, "B P 2"],
-) -> Pairs:
-    """The pairs of all rows in one list: a row of K branches gives all its pairs from K log-probabilities."""
-
-    def pick(values: Float[Array, "B K"], side: int) -> Float[Array, "B*P"]:
-        return jnp.take_along_axis(values, pairs[..., side], axis=1).reshape(-1)
-
-    return Pairs(*(pick(values, side) for values in (policy, reference, tokens) for side in (0, 1)))
 
 
 def make_optimizer(

@@ -11,22 +11,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from silkie_jax.checkpoints.peft import open_adapter
+from silkie_jax.checkpoints.weights import load_model
 from silkie_jax.errors import UserError
+from silkie_jax.hardware.kernel import attention_kernel
+from silkie_jax.hardware.mesh import batch_sharding, put, replicated, sharding_of
+from silkie_jax.models.qwen_vl.config import QwenVLConfig
+from silkie_jax.models.qwen_vl.model import QwenVL
+from silkie_jax.models.qwen_vl.names import leaves
+from silkie_jax.nn.lora import add_lora, linears
 from silkie_jax.preference.batches import Batch, Shape
-from silkie_jax.qwen_vl.config import QwenVLConfig
-from silkie_jax.qwen_vl.lora import add_lora, linears
-from silkie_jax.qwen_vl.model import QwenVL
-from silkie_jax.qwen_vl.names import leaves
-from silkie_jax.qwen_vl.peft import open_adapter
-from silkie_jax.qwen_vl.weights import load_model
 from silkie_jax.training.config import LoraConfig, TrainConfig
-from silkie_jax.training.kernel import attention_kernel
-from silkie_jax.training.mesh import batch_sharding, replicated, sharding_of
 from silkie_jax.training.step import (
     Objective,
     Step,
@@ -223,12 +222,6 @@ def load_policy(config: TrainConfig, mesh: Mesh) -> QwenVL:
         if linear.lora_a is not None and not (jnp.any(linear.lora_a[...]) or jnp.any(linear.lora_b[...])):
             raise UserError(f"adapter {config.adapter}: both factors of {name} are zero, so that it cannot learn")
     return model
-
-
-def put(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch [A, B, ...] onto the devices, sequences over the batch axes; each host gives those of its devices."""
-    where = batch_sharding(mesh, leading=1)
-    return {k: jax.make_array_from_callback(v.shape, where, v.__getitem__) for k, v in arrays.items()}
 
 
 def _blank_policy(config: TrainConfig, model_config: QwenVLConfig) -> QwenVL:

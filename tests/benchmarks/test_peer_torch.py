@@ -15,7 +15,7 @@ pytest.importorskip("peft", reason="the peer needs the dev-torch extra (make tes
 from benchmarks import peer_torch, step  # noqa: E402
 from benchmarks.workload import MODELS, TINY, make_instructions  # noqa: E402
 from silkie_jax.errors import UserError  # noqa: E402
-from silkie_jax.qwen_vl.model import QwenVL  # noqa: E402
+from silkie_jax.models.qwen_vl.model import QwenVL  # noqa: E402
 from tests.benchmarks.conftest import cells  # noqa: E402
 
 PAIRS, UPDATES = 1, 4

@@ -1,6 +1,6 @@
 """Benchmarks run, at their smallest.
 
-Those of convert.py and peer_torch.py are in tests/qwen_vl/test_convert.py and test_peer_torch.py; pods.py needs the
+Those of convert.py and peer_torch.py are in tests/checkpoints/test_convert.py and test_peer_torch.py; pods.py needs the
 compilers of TPUs and GPUs.
 """
 

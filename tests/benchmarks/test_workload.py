@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from benchmarks.workload import MODELS, PAIRS_EACH, SCALED, TINY, lora_rank, make_instructions, work_of
+from silkie_jax.models.qwen_vl.config import QWEN_VL_CHAT, QwenVLConfig
+from silkie_jax.models.qwen_vl.flops import decoder_forward, resampler_forward, vision_forward
+from silkie_jax.models.qwen_vl.model import check_spans
 from silkie_jax.preference.batches import collate, make_shape
 from silkie_jax.preference.layout import row_sizes
-from silkie_jax.qwen_vl.config import QWEN_VL_CHAT, QwenVLConfig
-from silkie_jax.qwen_vl.model import check_spans
-from silkie_jax.training.flops import decoder_forward, resampler_forward, vision_forward
 
 
 def test_the_papers_lengths():

@@ -9,7 +9,7 @@ from data_prep.respond import respond
 from data_prep.store import Run
 from silkie_jax import generate, load, read_image
 from silkie_jax.errors import UserError
-from silkie_jax.qwen_vl.chat import chat_prompt, decode_reply
+from silkie_jax.models.qwen_vl.chat import chat_prompt, decode_reply
 from tests.data_prep.runs import QUIET, agent, everything, make_run, picture
 from tests.data_prep.server import Server
 

@@ -9,12 +9,12 @@ import pytest
 
 from silkie_jax.corpus import CorpusReader, Record, Response
 from silkie_jax.errors import UserError
+from silkie_jax.models.qwen_vl.image import read_image
+from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.preference.batches import BatchSource, RowOptions, bucket, decode_images, first_fit
 from silkie_jax.preference.layout import TOO_LONG, UNUSABLE, lay_out, published
 from silkie_jax.preference.plan import Plan
 from silkie_jax.preference.rows import Row, make_row
-from silkie_jax.qwen_vl.image import read_image
-from silkie_jax.qwen_vl.tokenizer import Tokenizer
 from tests.training.support import SIDE, collated, given_record, image_bytes, record, record_row, write_corpus
 
 TOKENIZER = Tokenizer({bytes([i]): i for i in range(256)})

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from silkie_jax.errors import UserError
+from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.preference.rows import RowTooLong, encode_prompt, encode_response, make_row
-from silkie_jax.qwen_vl.tokenizer import Tokenizer
 
 BYTES = Tokenizer({bytes([i]): i for i in range(256)})  # every character its UTF-8 bytes
 HEAD = len("_system\nYou are a helpful assistant._\n")

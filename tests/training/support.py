@@ -17,14 +17,14 @@ from PIL import Image
 from examples.tiny_qwen_vl import make_checkpoint
 from silkie_jax.corpus import Record, Response
 from silkie_jax.corpus.shards import CorpusBuilder
+from silkie_jax.hardware.mesh import put
+from silkie_jax.models.qwen_vl.model import QwenVL
+from silkie_jax.nn.attention import PADDING, PLAIN, Kernel
 from silkie_jax.preference.batches import Batch, Shape, collate, decode_images, make_shape, round_up
+from silkie_jax.preference.counts import Work
 from silkie_jax.preference.layout import row_sizes
 from silkie_jax.preference.rows import Row, make_row
-from silkie_jax.preference.work import Work
-from silkie_jax.qwen_vl.attention import PADDING, PLAIN, Kernel
-from silkie_jax.qwen_vl.model import QwenVL
 from silkie_jax.training.step import Objective, Step, trainable_filter
-from silkie_jax.training.trainer import put
 
 SIDE = 28  # of the tiny model's images: four patches
 SIZES = {

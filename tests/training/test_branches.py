@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from silkie_jax.checkpoints.weights import load_model
+from silkie_jax.models.qwen_vl.image import read_image
+from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.preference.losses import LossOptions
 from silkie_jax.preference.rows import encode_prompt, encode_response
-from silkie_jax.qwen_vl.image import read_image
-from silkie_jax.qwen_vl.tokenizer import Tokenizer
-from silkie_jax.qwen_vl.weights import load_model
 from silkie_jax.training.step import Objective
 from tests.training.support import (
     SIDE,

@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from silkie_jax.errors import UserError
+from silkie_jax.hardware.mesh import batch_sharding, make_mesh, replicated
 from silkie_jax.training.checkpoint import Checkpoints
-from silkie_jax.training.mesh import batch_sharding, make_mesh, replicated
 
 
 def state(value, size=8, sharding=None):

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from silkie_jax.checkpoints.weights import load_model
+from silkie_jax.hardware.mesh import make_mesh
+from silkie_jax.models.qwen_vl.names import adapter_names, leaves
+from silkie_jax.nn.attention import PADDING
 from silkie_jax.preference.rows import Row
-from silkie_jax.qwen_vl.attention import PADDING
-from silkie_jax.qwen_vl.names import adapter_names, leaves
-from silkie_jax.qwen_vl.weights import load_model
 from silkie_jax.training.config_file import make_config
 from silkie_jax.training.loop import save_result
-from silkie_jax.training.mesh import make_mesh
 from silkie_jax.training.step import Objective
 from silkie_jax.training.trainer import Program, Trainer, load_policy, with_adapter_form
 from tests.reference.golden import Golden

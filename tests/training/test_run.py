@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 from omegaconf import OmegaConf
 
+from silkie_jax.checkpoints.weights import load_model
 from silkie_jax.corpus import CorpusReader, split
 from silkie_jax.errors import UserError
-from silkie_jax.qwen_vl.weights import load_model
 from silkie_jax.training.config_file import load_config, make_config
 from silkie_jax.training.loop import train
 from tests.training.support import by_path, given_record, make_tiny, read_lines, record, write_corpus

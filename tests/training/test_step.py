@@ -10,16 +10,16 @@ import optax
 import pytest
 from flax import nnx
 
+from silkie_jax.checkpoints.weights import load_model
+from silkie_jax.hardware.mesh import make_mesh
+from silkie_jax.models.qwen_vl.image import read_image
+from silkie_jax.models.qwen_vl.names import leaves
+from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
+from silkie_jax.nn.lora import add_lora
 from silkie_jax.preference.losses import LossOptions
 from silkie_jax.preference.rows import encode_prompt, encode_response, make_row
-from silkie_jax.qwen_vl.image import read_image
-from silkie_jax.qwen_vl.lora import add_lora
-from silkie_jax.qwen_vl.names import leaves
-from silkie_jax.qwen_vl.tokenizer import Tokenizer
-from silkie_jax.qwen_vl.weights import load_model
 from silkie_jax.training.config_file import make_config
 from silkie_jax.training.loop import save_result
-from silkie_jax.training.mesh import make_mesh
 from silkie_jax.training.step import Objective, decay_mask, make_optimizer, make_schedule, trainable_filter
 from silkie_jax.training.trainer import Program, Trainer, load_policy
 from tests.reference.objective import AdamW, log_softmax, pair_losses

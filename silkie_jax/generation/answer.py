@@ -1,0 +1,79 @@
+"""Answering: a model, images and a question in, a reply out."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from silkie_jax.errors import UserError
+from silkie_jax.generation.generate import generate
+from silkie_jax.loading import load
+from silkie_jax.models.qwen_vl.chat import SYSTEM, chat_prompt, decode_reply
+from silkie_jax.models.qwen_vl.image import read_image
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The text of a reply, and its ids up to and with the one that ended it."""
+
+    text: str
+    tokens: list[int]
+
+
+def answer(
+    model_path: str | Path,
+    prompt: str,
+    *,
+    images: Sequence[str | Path] = (),
+    adapter: str | Path | None = None,
+    greedy: bool = False,
+    temperature: float = 1.0,
+    top_p: float | None = None,
+    seed: int = 0,
+    max_new_tokens: int | None = None,
+    system: str | None = None,
+    dtype: str = "float32",
+) -> Reply:
+    """Loads a model and answers one question about some images.
+
+    The prompt is plain text: special tokens in it are not parsed, and no path in it is opened. What is not given
+    comes from the model's generation_config.json (officially top_p 0.5, 512 new tokens).
+
+    Raises:
+      UserError: a file or an option that is not sound.
+    """
+    defaults = _generation_config(Path(model_path))
+    if max_new_tokens is None:
+        max_new_tokens = int(defaults.get("max_new_tokens", 512))
+    model, tokenizer = load(model_path, dtype=dtype, adapter=adapter)
+    size = model.config.visual.image_size
+    pixels = np.stack([read_image(path, size) for path in images]) if images else None
+    ids = chat_prompt(tokenizer, prompt, len(images), system=SYSTEM if system is None else system).tokens
+    stop = (tokenizer.im_end, tokenizer.im_start)
+    out = generate(
+        model,
+        np.asarray([ids]),
+        pixels,
+        max_new_tokens,
+        temperature=0.0 if greedy else temperature,
+        top_p=float(defaults.get("top_p", 0.5)) if top_p is None else top_p,
+        stop=stop,
+        seed=seed,
+    )
+    tokens = np.asarray(out)[0].tolist()
+    endings = (*stop, tokenizer.end_of_text)
+    length = next((i + 1 for i, token in enumerate(tokens) if token in endings), len(tokens))
+    return Reply(decode_reply(tokenizer, tokens), tokens[:length])
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not readable as JSON ({e})") from None

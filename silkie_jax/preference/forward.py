@@ -1,0 +1,64 @@
+"""From a batch of rows to the log-probability of each response: the forward pass of training and of scoring."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from silkie_jax.hardware.mesh import batch_sharding, sharding_of
+from silkie_jax.models.qwen_vl.model import QwenVL
+from silkie_jax.nn.attention import PLAIN, Kernel
+from silkie_jax.nn.flash import FLASH
+from silkie_jax.nn.lora import LINEAR
+from silkie_jax.preference.logprobs import branch_sums, token_logprobs
+
+
+def response_logps(
+    model: QwenVL,
+    batch: dict[str, Array],
+    features: Array | None,
+    *,
+    branches: int,
+    adapter: bool,
+    wrap: Callable,
+    kernel: Kernel = PLAIN,
+    frozen_head: bool = False,
+) -> Float[Array, "B K"]:
+    """Summed log-probability of each branch's labels, in training mode."""
+    hidden = model.hidden(
+        batch["tokens"],
+        batch["positions"],
+        batch["branches"],
+        features,
+        train=True,
+        adapter=adapter,
+        wrap=wrap,
+        kernel=kernel,
+    )
+    head = model.language.lm_head.weight[...]
+    if frozen_head and kernel.mesh is not None:  # gathered once, and not again for every chunk
+        where = sharding_of(kernel.mesh, ("vocab", None), head.shape)
+        head = jax.lax.with_sharding_constraint(head, where)
+    logps = token_logprobs(hidden, batch["predecessors"], batch["labels"], head, frozen_head=frozen_head)
+    return branch_sums(logps, batch["label_branches"], branches)
+
+
+def block_wrapper(remat: str, mesh: Mesh | None) -> Callable:
+    """What goes around each layer: rematerialisation, and rows kept over the batch axes of the mesh."""
+    keep = {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.save_only_these_names(LINEAR, FLASH),
+    }.get(remat)
+
+    def wrap(body: Callable) -> Callable:
+        def constrained(x: Array, layer: Any) -> tuple[Array, None]:
+            if mesh is not None:
+                x = jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+            return body(x, layer)
+
+        # `prevent_cse` only matters outside of a scan.
+        return constrained if keep is None else jax.checkpoint(constrained, policy=keep, prevent_cse=False)
+
+    return wrap

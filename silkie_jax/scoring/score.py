@@ -1,0 +1,120 @@
+"""`silkie score`: the log-probability of every response of a corpus, as training sees it."""
+
+import json
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from silkie_jax.checkpoints.weights import load_model
+from silkie_jax.corpus import CorpusReader, Record
+from silkie_jax.errors import UserError
+from silkie_jax.hardware.kernel import sound_kernel
+from silkie_jax.hardware.mesh import make_mesh, sharding_of
+from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
+from silkie_jax.preference.rows import Row, RowTooLong
+from silkie_jax.scoring.scorer import Scored, Scorer
+
+
+def score(
+    model_path: str | Path,
+    corpus_path: str | Path,
+    out: Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype: str = "float32",
+    batch_rows: int = 4,
+    max_length: int = 2048,
+) -> None:
+    """Writes one JSON line a response, in corpus order: id, response (its index), logp (summed), tokens (labels).
+
+    A record whose images leave no room for its responses has logp null and an `error`. What is done is kept in
+    FILE.part; the same command continues there.
+
+    Raises:
+      UserError: a folder or file is not sound, or FILE.part belongs to another scoring.
+    """
+    if batch_rows < 1:
+        raise UserError(f"--batch-rows must be at least 1, not {batch_rows}")
+    if max_length < 2:
+        raise UserError(f"--max-length must be at least 2, not {max_length}")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; name a file to write")
+    corpus = CorpusReader(corpus_path)
+    about: dict[str, Any] = {"model": str(model_path), "adapter": str(adapter or ""), "corpus": corpus.fingerprint}
+    about |= {"dtype": dtype, "max_length": max_length}
+    part = out.with_name(out.name + ".part")
+    done = _records_done(part, about)
+    mesh = make_mesh()
+    tokenizer = Tokenizer.from_folder(model_path)
+    model = load_model(model_path, dtype=dtype, adapter=adapter, sharding_of=partial(sharding_of, mesh))
+    kernel = sound_kernel("auto", dtype, mesh)
+    scorer = Scorer(model, tokenizer, mesh, batch_rows=batch_rows, max_length=max_length, kernel=kernel)
+    cut = left_out = 0
+    at_once = AT_ONCE * scorer.rows
+    with (
+        part.open("a", encoding="utf-8") as file,
+        tqdm(total=len(corpus), initial=done, desc="score", unit="row") as bar,
+    ):
+        if not file.tell():
+            file.write(json.dumps(about) + "\n")
+        for first in range(done, len(corpus), at_once):
+            records = corpus.batch(range(first, min(first + at_once, len(corpus))))
+            for record, scored in zip(records, scorer(records), strict=True):
+                cut += isinstance(scored.row, Row) and scored.row.truncated
+                left_out += isinstance(scored.row, RowTooLong)
+                lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(record, scored))
+                file.write("".join(lines) + _END + "\n")
+            file.flush()
+            bar.update(len(records))
+    _finish(part, out)
+    if cut or left_out:
+        print(f"max_length {max_length}: {cut} rows were cut and {left_out} left out")
+
+
+AT_ONCE = 16  # batches whose rows are sorted by length together
+_END = "{}"  # in FILE.part, the line after each record: what follows the last one was cut off
+
+
+def _lines(record: Record, scored: Scored) -> Iterator[dict[str, Any]]:
+    for i in range(len(record.responses)):
+        if isinstance(scored.row, Row):
+            tokens = int((scored.row.label_branches == i + 1).sum())
+            yield {"id": record.id, "response": i, "logp": float(scored.logps[i]), "tokens": tokens}
+        else:
+            yield {"id": record.id, "response": i, "logp": None, "tokens": 0, "error": str(scored.row)}
+
+
+def _records_done(part: Path, about: dict[str, Any]) -> int:
+    """How many records FILE.part holds whole; what follows them is cut off."""
+    if not part.parent.is_dir():
+        raise UserError(f"{part.parent}: no such folder to write {part.stem} in")
+    if not part.exists():
+        return 0
+    with part.open("r+b") as file:
+        header = file.readline()
+        if not header.endswith(b"\n"):
+            file.truncate(0)
+            return 0
+        if header.decode("utf-8", "replace") != json.dumps(about) + "\n":
+            raise UserError(f"{part} is of another model, corpus or option; remove it to score anew")
+        done, position, kept = 0, len(header), len(header)
+        for line in file:
+            position += len(line)
+            if line == f"{_END}\n".encode():
+                done, kept = done + 1, position
+        file.truncate(kept)
+    return done
+
+
+def _finish(part: Path, out: Path) -> None:
+    """FILE.part without what only resuming needs becomes FILE, at once."""
+    done = out.with_name(out.name + ".tmp")
+    with part.open(encoding="utf-8") as source, done.open("w", encoding="utf-8") as target:
+        next(source)
+        target.writelines(line for line in source if line != _END + "\n")
+    os.replace(done, out)
+    part.unlink()

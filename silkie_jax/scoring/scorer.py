@@ -1,0 +1,102 @@
+"""Log-probabilities of every response of some records, as training sees them."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from silkie_jax.corpus import Record
+from silkie_jax.hardware.mesh import batch_shards, local_sequences, put, replicated
+from silkie_jax.models.qwen_vl.model import QwenVL
+from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
+from silkie_jax.nn.attention import PLAIN, Kernel
+from silkie_jax.preference.batches import collate, decode_images, make_shape, round_up
+from silkie_jax.preference.forward import block_wrapper, response_logps
+from silkie_jax.preference.layout import row_sizes
+from silkie_jax.preference.rows import Row, RowTooLong, make_row
+
+if TYPE_CHECKING:
+    import grain
+
+
+class Scored(NamedTuple):
+    """A record's row, or why it has none (no responses: None), and the log-probability of each response."""
+
+    row: Row | RowTooLong | None
+    logps: Float[np.ndarray, "R"]  # NaN where there is no row
+
+
+class Scorer:
+    """A compiled forward pass over rows that hold all responses of a record."""
+
+    def __init__(
+        self,
+        model: QwenVL,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        *,
+        batch_rows: int,
+        max_length: int,
+        max_prompt_length: int | None = None,
+        workers: int = 2,
+        kernel: Kernel = PLAIN,
+    ):
+        self.config, self.tokenizer, self.mesh, self.workers = model.config, tokenizer, mesh, workers
+        self.rows = round_up(batch_rows, batch_shards(mesh))
+        self._make_row = partial(make_row, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)
+        graph, self._state = nnx.split(model)
+
+        @partial(jax.jit, static_argnames="branches", out_shardings=replicated(mesh))
+        def forward(state: nnx.State, batch: dict[str, jax.Array], branches: int) -> jax.Array:
+            policy = nnx.merge(graph, state)
+            rows = jax.tree.map(lambda x: x[0], batch)
+            wrap = block_wrapper("none", mesh)
+            features = policy.encode_images(rows["images"], wrap, kernel) if "images" in rows else None
+            return response_logps(policy, rows, features, branches=branches, adapter=True, wrap=wrap, kernel=kernel)
+
+        self._forward = forward
+
+    def __call__(self, records: Sequence[Record]) -> list[Scored]:
+        """Scores records; rows of like length go through the model together."""
+        import grain
+
+        rows = [self._row(record) for record in records]
+        laid_out = {i: row for i, row in enumerate(rows) if isinstance(row, Row)}
+        order = sorted(laid_out, key=lambda i: len(laid_out[i].tokens))
+        chunks = [order[first : first + self.rows] for first in range(0, len(order), self.rows)]
+        prepared = grain.MapDataset.source(chunks).map(partial(self._prepare, laid_out)) if chunks else []
+        logps = [np.full(len(record.responses), np.nan, np.float32) for record in records]
+        for chunk, (arrays, branches) in zip(chunks, self._ahead(prepared), strict=True):
+            values = np.asarray(self._forward(self._state, put(arrays, self.mesh), branches=branches))
+            for i, found in zip(chunk, values, strict=False):
+                logps[i] = found[: len(logps[i])]
+        return [Scored(row, values) for row, values in zip(rows, logps, strict=True)]
+
+    def _row(self, record: Record) -> Row | RowTooLong | None:
+        if not record.responses:
+            return None
+        try:
+            return self._make_row(record, responses=range(len(record.responses)))
+        except RowTooLong as e:
+            return e
+
+    def _prepare(self, rows: Mapping[int, Row], chunk: list[int]) -> tuple[dict[str, np.ndarray], int]:
+        groups = [[rows[i]] for i in chunk] + [[]] * (self.rows - len(chunk))
+        shape = make_shape(self.rows, [np.array(row_sizes(row)) for group in groups for row in group])
+        arrays = collate(groups, shape, self.tokenizer.end_of_text)
+        local = local_sequences(self.mesh, self.rows)
+        arrays |= decode_images(groups, shape.images, self.config.visual.image_size, local)
+        return {name: values[None] for name, values in arrays.items()}, shape.branches
+
+    def _ahead(self, prepared: "grain.MapDataset | list") -> "grain.IterDataset | list":
+        import grain
+
+        if isinstance(prepared, list):
+            return prepared
+        options = grain.ReadOptions(num_threads=self.workers, prefetch_buffer_size=2 * self.workers)
+        return prepared.to_iter_dataset(options)

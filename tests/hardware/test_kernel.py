@@ -1,0 +1,131 @@
+"""The choice of an attention kernel, and that a training step gives the same with each."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from silkie_jax.errors import UserError
+from silkie_jax.hardware import kernel as module
+from silkie_jax.hardware.kernel import attention_kernel, sound_kernel
+from silkie_jax.hardware.mesh import make_mesh
+from silkie_jax.nn.attention import Kernel, attention
+
+
+def test_auto_is_plain_on_a_cpu():
+    assert attention_kernel("auto", "bfloat16", make_mesh(devices=jax.devices()[:1])).name == "plain"
+
+
+def test_cudnn_is_refused_elsewhere():
+    with pytest.raises(UserError, match="cudnn is for bfloat16 on NVIDIA GPUs, and this is bfloat16 on cpu"):
+        attention_kernel("cudnn", "bfloat16", make_mesh(devices=jax.devices()[:1]))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine that claims to be a GPU: a dictionary from a kernel's name to what it makes of the plain outcome."""
+    outcomes: dict[str, object] = {}
+    real = Kernel.among
+
+    def pretend(self, attend):
+        change = outcomes.get(self.name, lambda out: out)
+        return lambda q, k, v: change(attend(q, k, v))
+
+    monkeypatch.setattr(module, "_platform", lambda mesh: "gpu")
+    monkeypatch.setattr(Kernel, "among", lambda self, branches: pretend(self, real(Kernel(), branches)))
+    monkeypatch.setattr(Kernel, "everywhere", lambda self, q, k, v: pretend(self, attention)(q, k, v))
+    return outcomes
+
+
+def fails(out):
+    raise RuntimeError("no such instruction\nand more")
+
+
+def test_auto_takes_the_fastest_of_the_sound_ones(gpu, monkeypatch, capsys):
+    times = {"flash": 2.0, "cudnn": 1.0}
+    clock = iter(np.cumsum([0, *(x for n in ("flash", "cudnn") for _ in range(6) for x in (times[n], 0.0))]).tolist())
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(module, "_run", small(module._run))
+    assert sound_kernel("auto", "bfloat16", None).name == "cudnn"
+    assert capsys.readouterr().out == "attention: cudnn (flash 2000.00 ms, cudnn 1000.00 ms a layer of four rows)\n"
+
+
+def small(run):
+    return lambda kernel, rows, length, heads, width, masked, dtype: run(kernel, 1, 64, 1, 16, masked, dtype)
+
+
+def test_a_run_goes_on_with_the_kernel_that_it_began_with(gpu):
+    assert sound_kernel("auto", "bfloat16", None, before="cudnn").name == "cudnn"
+    assert sound_kernel("auto", "bfloat16", None, before="plain").name == "plain"
+    assert sound_kernel("flash", "bfloat16", None, before="cudnn").name == "flash"
+
+
+def test_float32_has_no_cudnn(gpu):
+    assert sound_kernel("auto", "float32", None).name == "flash"
+
+
+def test_a_kernel_that_fails_or_disagrees_costs_speed_and_not_the_run(gpu, capsys):
+    gpu["flash"] = fails
+    assert sound_kernel("auto", "float32", None).name == "plain"
+    said = "attention: flash is not sound on this machine and is left out: RuntimeError: no such instruction\n"
+    assert capsys.readouterr().out == said
+    gpu["flash"] = lambda out: 1.01 * out
+    assert sound_kernel("auto", "float32", None).name == "plain"
+    assert "apart from the plain ones" in capsys.readouterr().out
+    gpu["flash"] = lambda out: 1.1 * out
+    assert sound_kernel("auto", "bfloat16", None, before="flash").name == "cudnn"
+    with pytest.raises(UserError, match=r"attention: flash is not sound on this machine: .* use attention=plain"):
+        sound_kernel("flash", "float32", None)
+
+
+def test_gradients_that_are_no_numbers_are_noticed(gpu, capsys):
+    """Its values are right; each comparison with NaN is false, which must not pass for agreement."""
+
+    @jax.custom_vjp
+    def broken(out):
+        return out
+
+    broken.defvjp(lambda out: (out, None), lambda _, gradient: (jnp.nan * gradient,))
+    gpu["flash"] = broken
+    assert sound_kernel("auto", "float32", None).name == "plain"
+    assert "nan apart" in capsys.readouterr().out
+
+
+def silent(out):
+    raise NotImplementedError
+
+
+def test_an_error_without_a_message_costs_speed_and_not_the_run(gpu, capsys):
+    gpu["flash"] = silent
+    assert sound_kernel("auto", "float32", None).name == "plain"
+    assert "NotImplementedError: no message" in capsys.readouterr().out
+
+
+def test_a_kernel_that_fails_on_images_alone_is_noticed(gpu, capsys):
+    gpu["flash"] = lambda out: out if out.shape[-1] == 128 else 2 * out
+    assert sound_kernel("auto", "float32", None).name == "plain"
+
+
+def test_hosts_take_what_is_sound_on_all_of_them(gpu, monkeypatch):
+    """Another host says that flash is not sound there; the first host's choice is everybody's."""
+    monkeypatch.setattr(module.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        module.multihost_utils, "process_allgather", lambda flags: np.stack([flags, np.array([False, True])])
+    )
+    monkeypatch.setattr(module.multihost_utils, "broadcast_one_to_all", lambda number: number)
+    assert sound_kernel("auto", "bfloat16", None).name == "cudnn"
+
+
+def test_heads_and_rows_are_split_over_a_mesh():
+    """Eight pretended devices: the kernel runs on each device's own rows and heads, and nothing is gathered for it."""
+    mesh = make_mesh(2, 2, 2)
+    split = attention_kernel("flash", "float32", mesh)
+    branches = jnp.asarray([[0] * 20 + [1] * 12 + [2] * 8] * 4)
+    random = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(random.standard_normal((4, 40, 4, 16)), jnp.float32) for _ in range(3))
+    part = jax.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor"))
+    compiled = jax.jit(split.among(branches)).lower(*(jax.device_put(x, part) for x in (q, k, v))).compile()
+    assert "all-gather" not in compiled.as_text()
+    ours = compiled(*(jax.device_put(x, part) for x in (q, k, v)))
+    assert ours.sharding.is_equivalent_to(part, 4)
+    np.testing.assert_allclose(ours, Kernel().among(branches)(q, k, v), rtol=0, atol=1e-5)
