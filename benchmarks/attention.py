@@ -46,8 +46,8 @@ def main() -> None:
     lines = [
         f"{args.rows} rows (or images) on {devices[0].device_kind}; {how}",
         "",
-        "| case | kernel | forward | x plain | with gradients | x plain | temporaries, MiB | x plain | compile, s | apart "
-        "|",
+        "| case | kernel | forward | x plain | with gradients | x plain | temporaries, MiB | x plain | compile, s "
+        "| apart |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     cases = [(f"rows of {length} tokens", length, HEADS, WIDTH, True) for length in args.lengths]
