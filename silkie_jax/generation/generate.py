@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Int, UInt8
 
 from silkie_jax.errors import UserError
-from silkie_jax.models.qwen_vl.language import Cache, ntk_alpha, rotation
+from silkie_jax.generation.sampling import sample
+from silkie_jax.models.qwen_vl.language import Cache, frequencies, ntk_alpha, rotation
 from silkie_jax.models.qwen_vl.model import QwenVL, check_inputs, check_spans
 from silkie_jax.nn.attention import PADDING, PROMPT, branch_mask
 
@@ -107,12 +108,12 @@ def _generate(
     config = model.config
     batch, prompt = tokens.shape
     size = prompt + max_new_tokens
-    alpha = ntk_alpha(config, prompt)  # kept for all later steps
+    turns = frequencies(config, ntk_alpha(config, prompt))  # kept for all later steps
     # Which slots of the cache may be seen: the prompt's tokens, then everything generated so far.
     seen = jnp.concatenate([valid, jnp.ones((batch, max_new_tokens), bool)], axis=1)
 
     def forward(x: jax.Array, positions: jax.Array, mask: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        hidden, cache = model.language.cached(x, rotation(config, positions, alpha, train=False), mask, cache)
+        hidden, cache = model.language.cached(x, rotation(config, positions, turns, train=False), mask, cache)
         return model.language.logits(hidden[:, -1]), cache
 
     def choose(logits: jax.Array, step: jax.Array) -> jax.Array:
@@ -147,19 +148,6 @@ def _generate(
     out = jnp.full((batch, max_new_tokens), config.end_of_text, jnp.int32)
     out, done = emit(out, jnp.zeros(batch, bool), choose(logits, first), first)
     return jax.lax.while_loop(more, decode, (out, done, first + 1, cache))[0]
-
-
-def sample(
-    logits: Float[Array, "B V"], temperature: Float[Array, ""], top_p: Float[Array, ""], key: jax.Array
-) -> Int[Array, "B"]:
-    """Draws from the smallest set of most probable ids whose probability reaches `top_p` (always at least one)."""
-    logits = (logits - logits.max(-1, keepdims=True)) / temperature
-    descending = jnp.sort(logits, axis=-1, descending=True)
-    probabilities = jax.nn.softmax(descending, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of the ids ranked above
-    kept = ((before < top_p) | (top_p >= 1)).sum(-1, keepdims=True)
-    threshold = jnp.take_along_axis(descending, jnp.maximum(kept, 1) - 1, axis=-1)
-    return jax.random.categorical(key, jnp.where(logits >= threshold, logits, -jnp.inf))
 
 
 def ends_with(out: Int[Array, "B M"], step: Int[Array, ""], stops: StopSequences) -> Bool[Array, "B"]:

@@ -45,12 +45,25 @@ def ntk_alpha(config: QwenVLConfig, length: int) -> float:
     return float(max(2 ** math.ceil(math.log2(length / config.seq_length) + 1) - 1, 1))
 
 
-def rotation(config: QwenVLConfig, positions: Int[Array, "B T"], alpha: float, train: bool) -> Rotation:
-    """Angles of half-split rotary embedding at `positions`; `train` switches log-n scaling off, as officially."""
+def frequencies(config: QwenVLConfig, alpha: float) -> Float[np.ndarray, "D"]:
+    """Radians by which one position turns each of a head's numbers, under an NTK factor; in float32."""
     d = config.head_dim
     base = np.float32(config.rotary_emb_base * alpha ** (d / (d - 2)))
-    frequencies = 1 / base ** (np.arange(0, d, 2, dtype=np.float32) / np.float32(d))
-    angles = positions[..., None].astype(jnp.float32) * np.concatenate([frequencies, frequencies])
+    half = 1 / base ** (np.arange(0, d, 2, dtype=np.float32) / np.float32(d))
+    return np.concatenate([half, half])
+
+
+def rotation(
+    config: QwenVLConfig,
+    positions: Int[Array, "B T"],
+    turns: Float[np.ndarray, "D"] | Float[Array, "B 1 D"],
+    train: bool,
+) -> Rotation:
+    """Angles of half-split rotary embedding at `positions`, under the `frequencies` of all rows or of each.
+
+    `train` switches log-n scaling off, as officially.
+    """
+    angles = positions[..., None].astype(jnp.float32) * turns
     logn = None
     if config.use_logn_attn and not train:
         scale = jnp.log(positions + 1.0) / math.log(config.seq_length)
@@ -77,6 +90,13 @@ class Cache(NamedTuple):
     def empty(cls, config: QwenVLConfig, batch: int, size: int, dtype: jnp.dtype) -> "Cache":
         shape = (config.num_hidden_layers, batch, size, config.num_attention_heads, config.head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.int32(0))
+
+
+class Slots(NamedTuple):
+    """Keys and values of all layers for B sequences that do not begin and end together; each fills up to C places."""
+
+    k: Float[Array, "L B C H D"]
+    v: Float[Array, "L B C H D"]
 
 
 class Attention(nnx.Module):
@@ -127,6 +147,33 @@ class Block(nnx.Module):
         q, k, v = self.attn.qkv(self.ln_1(x), r, adapter)
         x = x + self.attn.out(attend(q, k, v), adapter)
         return x + self.mlp(self.ln_2(x), adapter)
+
+    def keeping(
+        self, x: Float[Array, "B T W"], r: Rotation, attend: Attend
+    ) -> tuple[Float[Array, "B T W"], tuple[Float[Array, "B T H D"], Float[Array, "B T H D"]]]:
+        """Like `__call__`, and gives the keys and values as well."""
+        q, k, v = self.attn.qkv(self.ln_1(x), r, adapter=True)
+        x = x + self.attn.out(attend(q, k, v), adapter=True)
+        return x + self.mlp(self.ln_2(x)), (k, v)
+
+    def step(
+        self,
+        x: Float[Array, "B 1 W"],
+        r: Rotation,
+        lengths: Int[Array, "B"],
+        slots: Slots,
+        layer: jax.Array,
+        width: int,
+    ) -> tuple[Float[Array, "B 1 W"], Slots]:
+        """Like `__call__` for one more token of each slot, which sees itself and the first `lengths` of its slot."""
+        q, k, v = self.attn.qkv(self.ln_1(x), r, adapter=True)
+        each = jnp.arange(x.shape[0])
+        keys = slots.k.at[layer, each, lengths].set(k[:, 0], mode="drop")
+        values = slots.v.at[layer, each, lengths].set(v[:, 0], mode="drop")
+        mask = jnp.arange(width) <= lengths[:, None, None]
+        y = attention(q, keys[layer, :, :width], values[layer, :, :width], mask)
+        x = x + self.attn.out(y, adapter=True)
+        return x + self.mlp(self.ln_2(x)), Slots(keys, values)
 
     def cached(
         self,
@@ -181,6 +228,34 @@ class Decoder(nnx.Module):
 
         (y, cache, _), _ = jax.lax.scan(body, (x, cache, jnp.int32(0)), state)
         return self.ln_f(y), cache._replace(length=cache.length + x.shape[1])
+
+    def prefill(
+        self, x: Float[Array, "B T W"], r: Rotation, attend: Attend
+    ) -> tuple[Float[Array, "L B T H D"], Float[Array, "L B T H D"]]:
+        """The keys and values of whole prompts; what follows them is up to `step`."""
+        graph, state = nnx.split(self.layers)
+
+        def body(x: jax.Array, state: nnx.State):
+            return nnx.merge(graph, state).keeping(x, r, attend)
+
+        return jax.lax.scan(body, x, state)[1]
+
+    def step(
+        self, x: Float[Array, "B 1 W"], r: Rotation, lengths: Int[Array, "B"], slots: Slots, width: int
+    ) -> tuple[Float[Array, "B 1 W"], Slots]:
+        """The hidden states of one more token of each slot, which is added to it at place `lengths` (dropped beyond).
+
+        No slot is seen beyond its first `width` places. The slots are carried, so that they are updated in place.
+        """
+        graph, state = nnx.split(self.layers)
+
+        def body(carry: tuple[jax.Array, Slots, jax.Array], state: nnx.State):
+            x, slots, layer = carry
+            x, slots = nnx.merge(graph, state).step(x, r, lengths, slots, layer, width)
+            return (x, slots, layer + 1), None
+
+        (y, slots, _), _ = jax.lax.scan(body, (x, slots, jnp.int32(0)), state)
+        return self.ln_f(y), slots
 
     def logits(self, hidden: Float[Array, "... W"]) -> Float[Array, "... V"]:
         """float32 scores of the vocabulary."""
