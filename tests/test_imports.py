@@ -11,10 +11,24 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Package -> the others of ours it may import. Importing only for type checkers is free.
 ALLOWED = {
-    "silkie_jax.qwen_vl": {"silkie_jax.errors"},
+    "silkie_jax.qwen_vl": {"silkie_jax.errors", "silkie_jax.image_limits"},
     "silkie_jax.corpus": {"silkie_jax.errors"},
     "silkie_jax.preference": {"silkie_jax.errors", "silkie_jax.corpus", "silkie_jax.qwen_vl"},
-    "data_prep": {"silkie_jax.errors", "silkie_jax.corpus"},
+    "silkie_jax.endpoints": {"silkie_jax.errors", "silkie_jax.yaml_files"},
+    "data_prep": {
+        *("silkie_jax.errors", "silkie_jax.yaml_files", "silkie_jax.image_limits"),
+        *("silkie_jax.corpus", "silkie_jax.endpoints"),
+    },
+}
+# The rooms of data_prep -> the others of it that each may import; `run` is what all of them fill and read.
+ROOMS = {
+    "run": set(),
+    "tables": set(),
+    "instructions": {"tables", "run"},
+    "respond": {"instructions", "tables", "run"},
+    "judging": {"instructions", "tables", "run"},
+    "corpora": {"judging", "instructions", "tables", "run"},
+    "cli": {"corpora", "judging", "respond", "instructions", "tables", "run"},
 }
 
 
@@ -39,6 +53,17 @@ def test_arrows_point_one_way(package):
     for path in sorted((ROOT / package.replace(".", "/")).rglob("*.py")):
         for name in our_imports(path):
             assert f"{name}.".startswith(allowed), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_rooms_of_data_prep_make_no_circle():
+    for path in sorted((ROOT / "data_prep").rglob("*.py")):
+        room = path.relative_to(ROOT / "data_prep").parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        allowed = ROOMS[room] | {room}
+        for name in our_imports(path):
+            if name.startswith("data_prep."):
+                assert name.split(".")[1] in allowed, f"{path.relative_to(ROOT)} imports {name}"
 
 
 def imported(code: str) -> set[str]:
@@ -68,7 +93,8 @@ def test_model_objective_and_step_need_little():
     [
         "import silkie_jax",
         "import silkie_jax.corpus",
-        "import data_prep.vlfeedback, data_prep.pairs",
+        "import data_prep.tables.vlfeedback, data_prep.tables.given_pairs",
+        "import silkie_jax.endpoints.stage, data_prep.respond, data_prep.judging.rate, data_prep.corpora.build",
         "import silkie_jax.cli; silkie_jax.cli.make_parser()",
     ],
 )
