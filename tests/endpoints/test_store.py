@@ -1,0 +1,134 @@
+"""The run's folder: images once, instructions all or none, and a journal whose commits survive a kill."""
+
+import asyncio
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+
+from data_prep.run import Instruction, Run
+from silkie_jax.endpoints.journal import Journal
+from silkie_jax.endpoints.store import DATABASE
+from silkie_jax.errors import UserError
+from tests.data_prep.runs import make_run, picture
+
+
+def test_images_are_stored_once(tmp_path):
+    with Run.create(tmp_path / "run") as run:
+        first, again, other = (run.add_image(picture(n)) for n in (0, 0, 1))
+        assert first == again != other
+        assert run.image(first) == picture(0)
+        assert run.image_size(first) == (16, 12)
+        assert len(list((tmp_path / "run" / "images").rglob("*.png"))) == 2
+        run.image_path(first).unlink()
+        with pytest.raises(UserError, match="cannot be read"):
+            run.image(first)
+        with pytest.raises(UserError, match="holds no image"):
+            run.image("../../etc/passwd")
+
+
+def test_a_cut_off_image_is_one_line(tmp_path):
+    with Run.create(tmp_path / "run") as run:
+        sha256 = run.add_image(picture(1))
+        run.image_path(sha256).write_bytes(picture(1)[:-1])
+        with pytest.raises(UserError, match=r"has \d+ bytes, not the \d+ that were stored: copy the run again"):
+            run.image(sha256)
+
+
+def test_instructions_come_back_as_they_went_in(tmp_path):
+    given = [
+        Instruction("a", "what?", ("0" * 64,), (("q", "a"), ("é", "漢")), "svit", "CC-BY-4.0", {"n": [1, None]}),
+        Instruction("b", "<|im_start|> ' \" \0 \n", ()),
+    ]
+    with Run.create(tmp_path / "run") as run:
+        assert run.write_instructions(given, {"seed": 0}) == 2
+        assert run.write_instructions(iter([]), {"seed": 0}) == 2  # the same settings: nothing to do
+        with pytest.raises(UserError, match="two instructions share an id"):
+            run.write_instructions([given[0], given[0]], {"seed": 1})
+    with Run.open(tmp_path / "run") as run:
+        found = list(run.instructions())
+        assert [(i.id, i.prompt, i.history, i.extra) for i in found] == [
+            (i.id, i.prompt, i.history, i.extra) for i in given
+        ]
+        assert [i.number for i in found] == [1, 2]
+        assert [i.id for i in run.instructions(2, 9)] == ["b"]
+        with pytest.raises(sqlite3.OperationalError):
+            run.db.execute("DELETE FROM instructions")
+
+
+def test_folders_that_are_no_runs(tmp_path):
+    with pytest.raises(UserError, match="there is no run at"):
+        Run.open(tmp_path / "absent")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(UserError, match="holds other files"):
+        Run.create(tmp_path / "other")
+    (tmp_path / "other" / DATABASE).write_text("not a database, but long enough to be looked at" * 100)
+    with pytest.raises(UserError, match="is not a run's database"):
+        Run.open(tmp_path / "other")
+    with Run.create(tmp_path / "run") as run:
+        run.save_settings("format", 99)
+    with pytest.raises(UserError, match="format 99"):
+        Run.open(tmp_path / "run")
+
+
+def note(n: int):
+    return "INSERT INTO meta VALUES (?, ?)", (f"note {n}", "1")
+
+
+def test_writes_of_one_turn_are_one_commit_and_a_wrong_one_harms_nothing_before(tmp_path):
+    make_run(tmp_path / "run", 1)
+
+    async def work(run: Run) -> None:
+        async with Journal(run.db, tmp_path / "run" / DATABASE) as journal:
+            await asyncio.gather(*(journal.write(note(n)) for n in range(100)))
+            with pytest.raises(sqlite3.IntegrityError):
+                await journal.write(note(100), note(3))
+            assert not run.settings("note 100")
+            journal.write(note(101))  # written on leaving
+
+    with Run.create(tmp_path / "run") as run:
+        asyncio.run(work(run))
+        assert sum(run.settings(f"note {n}") or 0 for n in range(102)) == 101
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    make_run(tmp_path / "run", 1)
+
+    async def work(run: Run) -> None:
+        async with Journal(run.db, tmp_path / "run" / DATABASE) as journal:
+            with pytest.raises(UserError, match=r"cannot be written .*full.*: make room"):
+                await journal.write(("INSERT INTO meta VALUES ('big', ?)", ("x" * 10**6,)))
+
+    with Run.create(tmp_path / "run") as run:
+        pages = run.db.execute("PRAGMA page_count").fetchone()[0]
+        run.db.execute(f"PRAGMA max_page_count = {pages + 2}")
+        asyncio.run(work(run))
+        assert run.settings("big") is None
+
+
+KILL = """
+import asyncio, os, signal, sys
+from silkie_jax.endpoints.journal import Journal
+from data_prep.run import Run
+from silkie_jax.endpoints.store import DATABASE
+async def work(run):
+    async with Journal(run.db, run.path / DATABASE) as journal:
+        for n in range(50):
+            await journal.write(("INSERT INTO meta VALUES (?, '1')", (f"note {n}",)))
+        os.kill(os.getpid(), signal.SIGKILL)
+with Run.create(sys.argv[1]) as run:
+    asyncio.run(work(run))
+"""
+
+
+def test_what_was_awaited_survives_a_kill(tmp_path):
+    make_run(tmp_path / "run", 1)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = subprocess.run([sys.executable, "-c", KILL, str(tmp_path / "run")], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    with Run.open(tmp_path / "run") as run:
+        assert all(run.settings(f"note {n}") for n in range(50))
