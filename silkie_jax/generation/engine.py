@@ -105,11 +105,13 @@ class _Lane:
 
 @dataclass(frozen=True)
 class Event:
-    """News of one sample: the ids that came, and its completion once it has ended."""
+    """News of one sample: the ids that came with what is reported of each, and its completion once it has ended."""
 
     ticket: Ticket
     sample: int
     tokens: list[int]
+    logprobs: list[float]
+    top: list[list[tuple[int, float]]]
     completion: Completion | None
 
 
@@ -220,22 +222,27 @@ class Engine:
         self._queue.append(ticket)
         return ticket
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Ends a request; its slots are free at once. What it got so far comes as cancelled completions."""
-        if ticket in self._queue:
-            self._queue.remove(ticket)
-        if ticket in self._started:
-            self._started.remove(ticket)
-        for sample in ticket.waiting:
-            self._news.append(Event(ticket, sample, [], Completion(sample, [], [], [], CANCELLED)))
+    def cancel(self, ticket: Ticket, sample: int | None = None) -> None:
+        """Ends a request, or one sample of it; its slots are free at once.
+
+        What it got so far comes as cancelled completions.
+        """
+
+        def gone(number: int, completion: Completion) -> None:
+            self._news.append(Event(ticket, number, [], [], [], completion))
+
+        for number in [n for n in ticket.waiting if sample in (None, n)]:
+            ticket.waiting.remove(number)
             ticket.done += 1
-        ticket.waiting.clear()
-        for number, lane in enumerate(self._lanes):
-            if lane is not None and lane.ticket is ticket:
-                self._news.append(Event(ticket, lane.sample, [], lane.completion(CANCELLED)))
-                self._lanes[number] = None
-                ticket.running -= 1
-                ticket.done += 1
+            gone(number, Completion(number, [], [], [], CANCELLED))
+        if not ticket.waiting and ticket in self._queue:
+            self._queue.remove(ticket)
+        if not ticket.waiting and ticket in self._started:
+            self._started.remove(ticket)
+        for slot, lane in enumerate(self._lanes):
+            if lane is not None and lane.ticket is ticket and sample in (None, lane.sample):
+                gone(lane.sample, lane.completion(CANCELLED))
+                self._end(slot, lane)
 
     def run(
         self, requests: Iterable[Request], done: Callable[[int], object] | None = None
@@ -434,10 +441,11 @@ class Engine:
                 lane.top.append(list(zip(ids, values, strict=True)))
                 lane.length += 1
                 finish = self._finish(lane)
-            tokens = lane.tokens[before:]
-            self.meters.tokens += len(tokens)
-            self._news.append(Event(lane.ticket, lane.sample, tokens, lane.completion(finish) if finish else None))
+            self.meters.tokens += len(lane.tokens) - before
+            news = lane.tokens[before:], lane.logprobs[before:], lane.top[before:]
+            self._news.append(Event(lane.ticket, lane.sample, *news, lane.completion(finish) if finish else None))
             if finish:
+                self.meters.samples += 1
                 self._end(number, lane)
 
     def _finish(self, lane: _Lane) -> str | None:
@@ -453,7 +461,6 @@ class Engine:
         self._lanes[slot] = None
         ticket.running -= 1
         ticket.done += 1
-        self.meters.samples += 1
         if ticket.waiting:  # the prompt is still in this slot
             self._start(ticket, slot)
         if not ticket.waiting and ticket in self._started:
