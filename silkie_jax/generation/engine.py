@@ -123,7 +123,9 @@ class Engine:
       images: how many images' features are kept.
       steps: tokens between two looks at the queue.
       top_logprobs: how many of the most probable ids are reported at each place.
-      mesh, kernel: where the model lies, and how prompts and images attend.
+      mesh, kernel, decode_kernel: where the model lies, how prompts and images attend, and how a token attends to what
+        is kept (hardware.kernel.sound_kernel and decode_kernel).
+      own: take the memory of the model, which is of no use afterwards; otherwise its decoder is held twice.
 
     Raises:
       UserError: sizes that make no sense, or no room for a single slot.
@@ -140,6 +142,8 @@ class Engine:
         top_logprobs: int = 0,
         mesh: Mesh | None = None,
         kernel: Kernel = PLAIN,
+        decode_kernel: Kernel = PLAIN,
+        own: bool = False,
     ):
         for name, value, least in (("context", context, 2), ("images", images, 0), ("steps", steps, 1)):
             if value < least:
@@ -161,6 +165,8 @@ class Engine:
             top_logprobs=top_logprobs,
             mesh=mesh,
             kernel=kernel,
+            decode_kernel=decode_kernel,
+            own=own,
         )
         self._lanes: list[_Lane | None] = [None] * self._programs.count
         self._queue: deque[Ticket] = deque()
@@ -168,7 +174,8 @@ class Engine:
         self._pool: OrderedDict[bytes, int] = OrderedDict()  # an image's number, the one used last at the end
         self._news: list[Event] = []
         self._lengths = _lengths(context)
-        self._widths = sorted({min(context, -(-context * part // 512) * 128) for part in (1, 2, 4)})
+        parts = (1, 2, 4) if decode_kernel.name == "plain" else (4,)  # quarters of the context that are read
+        self._widths = sorted({min(context, -(-context * part // 512) * 128) for part in parts})
 
     @property
     def slots(self) -> int:

@@ -66,6 +66,8 @@ class Programs:
       images: how many images' features are kept.
       steps: the most tokens of a slot in one call of `decode`.
       top_logprobs: how many of the most probable ids are reported at each place.
+      kernel, decode_kernel: how prompts and images attend, and how a token does to what is kept.
+      own: the model's memory may be taken; the model is of no use afterwards.
     """
 
     def __init__(
@@ -79,35 +81,35 @@ class Programs:
         top_logprobs: int,
         mesh: Mesh | None,
         kernel: Kernel,
+        decode_kernel: Kernel,
+        own: bool,
     ):
         self.config, self.dtype = model.config, model.dtype
         self.count, self.context, self.images, self.steps, self.top = slots, context, images, steps, top_logprobs
-        self.mesh, self.kernel = mesh, kernel
+        self.mesh, self.kernel, self.decode_kernel = mesh, kernel, decode_kernel
         self.rows = 1 if mesh is None else batch_shards(mesh)  # prompts and images of one call
-        self._graph, self._state = nnx.split(model)
+        self._graph, self._state = nnx.split(model.apart(free=own))
         c = self.config
-        shape = (c.num_hidden_layers, slots, context, c.num_attention_heads, c.head_dim)
+        shape = (slots, context, c.num_attention_heads, c.head_dim)
         # Placed by name: an array that JAX placed by default would be another argument, and compile everything twice.
-        where: Sharding
-        everywhere: Sharding
-        where = everywhere = SingleDeviceSharding(jax.devices()[0])
+        where: Sharding = SingleDeviceSharding(jax.devices()[0])
+        everywhere: Sharding = SingleDeviceSharding(jax.devices()[0])
         if mesh is not None:
             heads = RULES["heads"] if c.num_attention_heads % mesh.shape[RULES["heads"]] == 0 else None
-            where = NamedSharding(mesh, PartitionSpec(None, BATCH, None, heads))
+            where = NamedSharding(mesh, PartitionSpec(BATCH, None, heads))
             everywhere = replicated(mesh)
-        made = jax.jit(lambda: (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)), out_shardings=where)
-        self._slots = Slots(*made())
+        empty = jax.jit(partial(jnp.zeros, shape, self.dtype), out_shardings=where)
+        self._slots = Slots(tuple((empty(), empty()) for _ in range(c.num_hidden_layers)))
         pool = (max(images, 1) * IMAGE_TOKENS, c.hidden_size)
         self._pool = jax.jit(partial(jnp.zeros, pool, self.dtype), out_shardings=everywhere)()
-        both: Any = Slots(where, where)  # type: ignore[arg-type]
         self._encode = jax.jit(self._encode_images, donate_argnums=1, out_shardings=everywhere)
-        self._prefill = jax.jit(self._prefill_prompts, donate_argnums=1, out_shardings=both)
-        self._fork = jax.jit(self._fork_slot, donate_argnums=0, out_shardings=both)
+        self._prefill = jax.jit(self._prefill_prompts, donate_argnums=1, out_shardings=where)
+        self._fork = jax.jit(self._fork_slot, donate_argnums=0, out_shardings=where)
         self._decode = jax.jit(
             self._decode_slots,
             static_argnames="width",
             donate_argnums=1,
-            out_shardings=(both, everywhere),
+            out_shardings=(where, everywhere),
         )
 
     @property
@@ -167,18 +169,18 @@ class Programs:
         branches = jnp.where(positions < lengths[:, None], PROMPT, PADDING)
         x = self._spread(model.embed_placed(tokens, pool, places))
         r = rotation(self.config, positions, turns, train=False)
-        k, v = model.language.prefill(x, r, self.kernel.among(branches))
-        at = (slice(None), numbers, slice(0, length))
-        return Slots(slots.k.at[at].set(k, mode="drop"), slots.v.at[at].set(v, mode="drop"))
+        new = model.language.prefill(x, r, self.kernel.among(branches))
+        return jax.tree.map(lambda old, k: old.at[numbers, :length].set(k, mode="drop"), slots, Slots(tuple(new)))
 
     def _fork_slot(self, slots: Slots, source: Array, target: Array) -> Slots:
-        return Slots(*(x.at[:, target].set(x[:, source]) for x in slots))
+        return jax.tree.map(lambda x: x.at[target].set(x[source]), slots)
 
     def _decode_slots(
         self, state: nnx.State, slots: Slots, lanes: Any, eager: Bool[Array, ""], width: int
     ) -> tuple[Slots, Decoded]:
         """`lanes`: a `Lanes` of arrays on the device."""
         model: QwenVL = nnx.merge(self._graph, state)
+        attend = partial(self.decode_kernel.kept, width=width)
         count, steps = self.count, self.steps
         idle = lanes.left <= 0
         found = Decoded(
@@ -197,7 +199,7 @@ class Programs:
             slots, token, length, done, step, found = carry
             x = self._spread(model.embed(token[:, None], None))
             r = rotation(self.config, length[:, None], lanes.turns, train=False)
-            hidden, slots = model.language.step(x, r, jnp.where(done, self.context, length), slots, width)
+            hidden, slots = model.language.step(x, r, jnp.where(done, self.context, length), slots, attend)
             logits = model.language.logits(hidden[:, 0])
             drawn = lanes.drawn + step
             keys = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(lanes.seed, drawn)
