@@ -3,8 +3,8 @@
 A fixed number of slots hold keys and values. A request takes a slot for each of its samples as slots become free, and
 gives it back when the sample ends; meanwhile the others go on. Its prompt is computed once for all its samples, and an
 image once for all requests that show it while its features are kept. What a request gets follows from the request alone
-(its length decides the dynamic NTK factor, its seed the draws), never from what else is in flight. Arithmetic differs
-by rounding between numbers of slots and widths, as between any two programs.
+(its length decides the dynamic NTK factor, its seed the draws), never from what else is in flight. With another number of
+slots arithmetic differs by rounding, as between any two programs.
 
 On several hosts every host runs the same requests in the same order.
 """
@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from silkie_jax.errors import UserError
+from silkie_jax.generation.meters import Meters
 from silkie_jax.generation.programs import STOPS, Decoded, Lanes, Programs
 from silkie_jax.generation.requests import (
     CANCELLED,
@@ -34,38 +35,11 @@ from silkie_jax.models.qwen_vl.config import QwenVLConfig
 from silkie_jax.models.qwen_vl.language import frequencies, ntk_alpha
 from silkie_jax.models.qwen_vl.model import QwenVL, check_spans, feature_places
 from silkie_jax.nn.attention import PLAIN, Kernel
+from silkie_jax.nn.kept import Keeper
 
 _MEMORY_SHARE = 0.8  # of what the weights leave of a device's memory: for keys and values; the rest is for the programs
 _SLOTS_ON_CPU = 16
 _MOST_SLOTS = 128  # beyond it a decoding step is no longer bound by reading the weights
-
-
-@dataclass
-class Meters:
-    """What an engine has done so far.
-
-    prompts, prompt_tokens: computed, each once whatever its `n`. images: encoded; image_hits: found in the pool.
-    samples, tokens: finished completions, and ids of all. prefill_seconds includes encoding. busy: of the slots while
-    decoding, in slot-steps; steps: how many were computed.
-    """
-
-    prompts: int = 0
-    prompt_tokens: int = 0
-    images: int = 0
-    image_hits: int = 0
-    samples: int = 0
-    tokens: int = 0
-    steps: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-
-    def __str__(self) -> str:
-        seconds = self.prefill_seconds + self.decode_seconds
-        rate = self.tokens / seconds if seconds else 0.0
-        return (
-            f"{self.samples:,} replies, {self.tokens:,} tokens at {rate:.0f} tokens/s; {self.prompts:,} prompts of "
-            f"{self.prompt_tokens:,} tokens, {self.images:,} images encoded and {self.image_hits:,} taken again"
-        )
 
 
 @dataclass(eq=False)
@@ -76,6 +50,7 @@ class Ticket:
     stops: tuple[tuple[int, ...], ...]
     turns: np.ndarray
     waiting: deque[int]  # samples that have no slot yet
+    number: int = -1  # in `Engine.run`
     running: int = 0
     done: int = 0
 
@@ -125,7 +100,9 @@ class Engine:
       images: how many images' features are kept.
       steps: tokens between two looks at the queue.
       top_logprobs: how many of the most probable ids are reported at each place.
-      mesh, kernel: where the model lies, and how prompts and images attend.
+      mesh, kernel, keeper: where the model lies, how prompts and images attend, and how a token attends to what is kept
+        (hardware.kernel.sound_kernel and sound_keeper).
+      own: take the memory of the model, which is of no use afterwards; otherwise its decoder is held twice.
 
     Raises:
       UserError: sizes that make no sense, or no room for a single slot.
@@ -142,6 +119,8 @@ class Engine:
         top_logprobs: int = 0,
         mesh: Mesh | None = None,
         kernel: Kernel = PLAIN,
+        keeper: Keeper | None = None,
+        own: bool = False,
     ):
         for name, value, least in (("context", context, 2), ("images", images, 0), ("steps", steps, 1)):
             if value < least:
@@ -163,6 +142,10 @@ class Engine:
             top_logprobs=top_logprobs,
             mesh=mesh,
             kernel=kernel,
+            keeper=Keeper(PLAIN if mesh is None else dataclasses.replace(kernel, name="plain"))
+            if keeper is None
+            else keeper,
+            own=own,
         )
         self._lanes: list[_Lane | None] = [None] * self._programs.count
         self._queue: deque[Ticket] = deque()
@@ -170,7 +153,15 @@ class Engine:
         self._pool: OrderedDict[bytes, int] = OrderedDict()  # an image's number, the one used last at the end
         self._news: list[Event] = []
         self._lengths = _lengths(context)
-        self._widths = sorted({min(context, -(-context * part // 512) * 128) for part in (1, 2, 4)})
+
+    @property
+    def model(self) -> QwenVL:
+        """The model with its decoder's layers apart (`QwenVL.apart`), for whoever computes something else with it."""
+        return self._programs.model
+
+    @property
+    def kernel(self) -> Kernel:
+        return self._programs.kernel
 
     @property
     def slots(self) -> int:
@@ -253,7 +244,7 @@ class Engine:
         is told the number of each request that is finished.
         """
         source = enumerate(requests)
-        numbers: dict[int, int] = {}
+        left: dict[int, int] = {}  # samples of a request that are to come
         more = True
         while True:
             while more and len(self._queue) < max(self.slots // 4, self._programs.rows):
@@ -261,17 +252,24 @@ class Engine:
                 if request is None:
                     more = False
                 else:
-                    numbers[id(self.submit(request))] = number
+                    self.submit(request).number = number
+                    left[number] = request.n
             if self.idle:
                 return
             for event in self.step():
-                if event.completion is not None:
-                    number = numbers[id(event.ticket)]
-                    yield number, event.completion
-                    if event.ticket.finished:
-                        del numbers[id(event.ticket)]
-                        if done is not None:
-                            done(number)
+                if event.completion is None:
+                    continue
+                number = event.ticket.number
+                yield number, event.completion
+                left[number] -= 1
+                if not left[number]:
+                    del left[number]
+                    if done is not None:
+                        done(number)
+
+    def forget_images(self) -> None:
+        """Empties the pool of features."""
+        self._pool.clear()
 
     # Working
 
@@ -287,8 +285,7 @@ class Engine:
             nowhere = np.full(rows, p.count, np.int32)
             p.prefill(tokens, np.full_like(tokens, -1), np.zeros(rows, np.int32), turns, nowhere)
         p.fork(0, 0)
-        for width in self._widths:
-            p.decode(self._say_lanes(), eager=False, width=width)
+        p.decode(self._say_lanes(), eager=False)
         took = time.monotonic() - began
         say(f"engine: {p.count} slots of {self.context} tokens; {p.compiled} programs in {took:.1f} s")
 
@@ -300,9 +297,7 @@ class Engine:
         self.meters.prefill_seconds += middle - began
         if any(self._lanes):
             waiting = bool(self._queue) or any(ticket.waiting for ticket in self._started)
-            longest = max(lane.length for lane in self._lanes if lane is not None) + self._programs.steps
-            width = next((w for w in self._widths if w >= longest), self.context)
-            self._take(self._programs.decode(self._say_lanes(), eager=waiting, width=width))
+            self._take(self._programs.decode(self._say_lanes(), eager=waiting))
             self.meters.decode_seconds += time.perf_counter() - middle
         news, self._news = self._news, []
         return news

@@ -13,13 +13,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from silkie_jax.checkpoints.weights import load_model
 from silkie_jax.errors import UserError
 from silkie_jax.generation.defaults import read_defaults
-from silkie_jax.generation.engine import Engine
-from silkie_jax.hardware.kernel import sound_kernel
-from silkie_jax.hardware.mesh import make_mesh, sharding_of
-from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
+from silkie_jax.generation.opening import open_engine
+from silkie_jax.hardware.mesh import make_mesh
 from silkie_jax.scoring.scorer import Scorer
 from silkie_jax.serving.limits import Limits, as_refused
 from silkie_jax.serving.model import ServedModel
@@ -156,25 +153,25 @@ def load_served(options: ServeOptions) -> ServedModel:
       UserError: what is wrong with the checkpoint or an option, in one line.
     """
     began = time.monotonic()
-    tokenizer = Tokenizer.from_folder(options.model)  # quick to fail, before gigabytes are read
     defaults = read_defaults(options.model)
     mesh = make_mesh(*options.mesh)
-    where = partial(sharding_of, mesh)
-    model = load_model(options.model, dtype=options.dtype, adapter=options.adapter, sharding_of=where)
-    kernel = sound_kernel("auto", options.dtype, mesh, say=_say)
-    engine = Engine(
-        model,
+    engine, tokenizer = open_engine(
+        options.model,
+        adapter=options.adapter,
+        dtype=options.dtype,
+        mesh=mesh,
+        say=_say,
         context=options.context,
         slots=options.slots,
         steps=_STEPS,
         images=max(64, options.limits.images),
         top_logprobs=options.top_logprobs,
-        mesh=mesh,
-        kernel=kernel,
     )
     _say(f"loaded {options.called} in {time.monotonic() - began:.1f} s")
     engine.warm_up(_say)
-    scorer = Scorer(model, tokenizer, mesh, batch_rows=1, max_length=options.context, workers=1, kernel=kernel)
+    scorer = Scorer(
+        engine.model, tokenizer, mesh, batch_rows=1, max_length=options.context, workers=1, kernel=engine.kernel
+    )
     return ServedModel(options.called, tokenizer, engine, scorer, defaults, options.top_logprobs)
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from silkie_jax.models.qwen_vl.config import QwenVLConfig
 from silkie_jax.nn.attention import Attend, attention
+from silkie_jax.nn.kept import Keeper, Kept
 from silkie_jax.nn.lora import Linear
 from silkie_jax.nn.precision import precision
 from silkie_jax.nn.stack import scan, stack
@@ -92,13 +93,6 @@ class Cache(NamedTuple):
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.int32(0))
 
 
-class Slots(NamedTuple):
-    """Keys and values of all layers for B sequences that do not begin and end together; each fills up to C places."""
-
-    k: Float[Array, "L B C H D"]
-    v: Float[Array, "L B C H D"]
-
-
 class Attention(nnx.Module):
     """`c_attn` is the fused projection [q | k | v], kept as [3, heads * head_dim] so that heads can be sharded."""
 
@@ -157,23 +151,13 @@ class Block(nnx.Module):
         return x + self.mlp(self.ln_2(x)), (k, v)
 
     def step(
-        self,
-        x: Float[Array, "B 1 W"],
-        r: Rotation,
-        lengths: Int[Array, "B"],
-        slots: Slots,
-        layer: jax.Array,
-        width: int,
-    ) -> tuple[Float[Array, "B 1 W"], Slots]:
-        """Like `__call__` for one more token of each slot, which sees itself and the first `lengths` of its slot."""
+        self, x: Float[Array, "B 1 W"], r: Rotation, places: Int[Array, "B"], kept: Kept, keeper: Keeper
+    ) -> tuple[Float[Array, "B 1 W"], Kept]:
+        """Like `__call__` for one more token of each slot, which sees what is kept up to its own place."""
         q, k, v = self.attn.qkv(self.ln_1(x), r, adapter=True)
-        each = jnp.arange(x.shape[0])
-        keys = slots.k.at[layer, each, lengths].set(k[:, 0], mode="drop")
-        values = slots.v.at[layer, each, lengths].set(v[:, 0], mode="drop")
-        mask = jnp.arange(width) <= lengths[:, None, None]
-        y = attention(q, keys[layer, :, :width], values[layer, :, :width], mask)
-        x = x + self.attn.out(y, adapter=True)
-        return x + self.mlp(self.ln_2(x)), Slots(keys, values)
+        kept = keeper.keep_tokens(kept, k, v, places)
+        x = x + self.attn.out(keeper.attend(q, kept, places), adapter=True)
+        return x + self.mlp(self.ln_2(x)), kept
 
     def cached(
         self,
@@ -231,31 +215,26 @@ class Decoder(nnx.Module):
 
     def prefill(
         self, x: Float[Array, "B T W"], r: Rotation, attend: Attend
-    ) -> tuple[Float[Array, "L B T H D"], Float[Array, "L B T H D"]]:
-        """The keys and values of whole prompts; what follows them is up to `step`."""
-        graph, state = nnx.split(self.layers)
-
-        def body(x: jax.Array, state: nnx.State):
-            return nnx.merge(graph, state).keeping(x, r, attend)
-
-        return jax.lax.scan(body, x, state)[1]
+    ) -> list[tuple[Float[Array, "B T H D"], Float[Array, "B T H D"]]]:
+        """The keys and values of whole prompts in each layer of a model that is `apart`; the rest is up to `step`."""
+        kept = []
+        for block in self.layers:
+            x, keys_and_values = block.keeping(x, r, attend)
+            kept.append(keys_and_values)
+        return kept
 
     def step(
-        self, x: Float[Array, "B 1 W"], r: Rotation, lengths: Int[Array, "B"], slots: Slots, width: int
-    ) -> tuple[Float[Array, "B 1 W"], Slots]:
-        """The hidden states of one more token of each slot, which is added to it at place `lengths` (dropped beyond).
+        self, x: Float[Array, "B 1 W"], r: Rotation, places: Int[Array, "B"], kept: tuple[Kept, ...], keeper: Keeper
+    ) -> tuple[Float[Array, "B 1 W"], tuple[Kept, ...]]:
+        """The hidden states of one more token of each slot of a model that is `apart`, kept at `places`.
 
-        No slot is seen beyond its first `width` places. The slots are carried, so that they are updated in place.
+        A place beyond the last one is dropped.
         """
-        graph, state = nnx.split(self.layers)
-
-        def body(carry: tuple[jax.Array, Slots, jax.Array], state: nnx.State):
-            x, slots, layer = carry
-            x, slots = nnx.merge(graph, state).step(x, r, lengths, slots, layer, width)
-            return (x, slots, layer + 1), None
-
-        (y, slots, _), _ = jax.lax.scan(body, (x, slots, jnp.int32(0)), state)
-        return self.ln_f(y), slots
+        layers = []
+        for block, layer in zip(self.layers, kept, strict=True):
+            x, layer = block.step(x, r, places, layer, keeper)
+            layers.append(layer)
+        return self.ln_f(x), tuple(layers)
 
     def logits(self, hidden: Float[Array, "... W"]) -> Float[Array, "... V"]:
         """float32 scores of the vocabulary."""
