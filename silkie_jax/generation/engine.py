@@ -3,8 +3,8 @@
 A fixed number of slots hold keys and values. A request takes a slot for each of its samples as slots become free, and
 gives it back when the sample ends; meanwhile the others go on. Its prompt is computed once for all its samples, and an
 image once for all requests that show it while its features are kept. What a request gets follows from the request alone
-(its length decides the dynamic NTK factor, its seed the draws), never from what else is in flight. With another number of
-slots arithmetic differs by rounding, as between any two programs.
+(its length decides the dynamic NTK factor, its seed the draws), never from what else is in flight. With another number
+of slots arithmetic differs by rounding, as between any two programs.
 
 On several hosts every host runs the same requests in the same order.
 """
@@ -12,7 +12,7 @@ On several hosts every host runs the same requests in the same order.
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import numpy as np
@@ -142,9 +142,7 @@ class Engine:
             top_logprobs=top_logprobs,
             mesh=mesh,
             kernel=kernel,
-            keeper=Keeper(PLAIN if mesh is None else dataclasses.replace(kernel, name="plain"))
-            if keeper is None
-            else keeper,
+            keeper=Keeper(PLAIN if mesh is None else replace(kernel, name="plain")) if keeper is None else keeper,
             own=own,
         )
         self._lanes: list[_Lane | None] = [None] * self._programs.count
