@@ -9,7 +9,6 @@ from silkie_jax.endpoints.agents import Agent
 from silkie_jax.errors import UserError
 
 _READY = b"serving at "
-_CONTEXT = 4096  # tokens of a prompt and its reply
 _SECONDS = 3600  # for a request: all that are sent at once wait in one queue
 
 
@@ -39,7 +38,7 @@ class LocalServers:
 @asynccontextmanager
 async def _server(agent: Agent, name: str) -> AsyncIterator[str]:
     command = [sys.executable, "-m", "silkie_jax.cli", "serve", str(agent.local), "--port", "0", "--end-with-stdin"]
-    command += ["--context", str(_CONTEXT), "--timeout", str(_SECONDS), "--queue", "10000", "--dtype", agent.dtype]
+    command += ["--timeout", str(_SECONDS), "--queue", "10000", "--dtype", agent.dtype]
     command += ["--adapter", agent.adapter] if agent.adapter else []
     command += ["--name", agent.model] if agent.model else []
     process = await asyncio.create_subprocess_exec(

@@ -214,5 +214,7 @@ def _say(line: str) -> None:
 
 
 def _end_with_stdin() -> None:
-    sys.stdin.buffer.read()
+    # Not sys.stdin: its lock, held by a thread that waits, would end a shutdown in an error.
+    while os.read(0, 4096):
+        pass
     os._exit(0)
