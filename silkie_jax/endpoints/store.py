@@ -8,7 +8,6 @@ Nothing that cost money is ever changed or removed: an attempt is written when i
 reply is in, and everything else (ratings, records, reports) is derived from these rows, as often as one likes.
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -25,6 +24,7 @@ from typing import Any, ClassVar, Self
 from PIL import Image
 
 from silkie_jax.errors import UserError
+from silkie_jax.locks import lock
 
 FORMAT = 1
 DATABASE = "run.sqlite"
@@ -116,15 +116,12 @@ class RunStore:
             raise UserError(f"{path} holds other files and no {DATABASE}: name a new folder for the run")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            lock = open(path / "run.lock", "w")  # noqa: SIM115 (held as long as the run is open)
+            held = lock(
+                path / "run.lock", f"another process is working on the run {path}: wait for it, or stop it first"
+            )
         except OSError as error:
             raise UserError(f"{path}: a run cannot be made here ({error})") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise UserError(f"another process is working on the run {path}: wait for it, or stop it first") from None
-        run = cls(path, connect(path / DATABASE), lock)
+        run = cls(path, connect(path / DATABASE), held)
         with run.transaction():
             if not run.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
                 for statement in (_TABLES + cls.tables).split(";"):
