@@ -60,7 +60,7 @@ def test_errors_that_pass_change_nothing(tmp_path):
 
 
 def test_what_would_repeat_itself_is_asked_once_and_another_model_answers(tmp_path):
-    faults = {"refusal": 0.1, "content_filter": 0.1, "400": 0.1}
+    faults = {"refusal": 0.1, "content_filter": 0.1, "400": 0.1, "403": 0.1}
     with Server(Script(faults=faults)) as server:
         make_run(tmp_path / "run", 20)
         outcome = respond(tmp_path / "run", write_pool(tmp_path / "pool", server.url), QUIET)
