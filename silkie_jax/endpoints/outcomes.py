@@ -26,7 +26,9 @@ PASSING = frozenset((EMPTY, MALFORMED, SERVER_ERROR, TIMEOUT, CONNECTION, EXPIRE
 STOPPING = frozenset((QUOTA, UNAUTHORIZED, NOT_FOUND))
 
 _QUOTA_CODES = frozenset(("insufficient_quota", "billing_hard_limit_reached", "billing_not_active"))
-_FILTER_CODES = frozenset(("content_filter", "content_policy_violation", "responsibleaipolicyviolation"))
+_FILTER_CODES = frozenset(
+    ("content_filter", "content_policy_violation", "responsible_ai_policy_violation", "responsibleaipolicyviolation")
+)
 _MAYBE_BILLED = frozenset((408, 499, 502, 504, 524))  # of error statuses: a proxy gave up, the model may have worked
 _LONGEST_ERROR = 1000
 
