@@ -99,8 +99,12 @@ def test_model_objective_and_step_need_little():
     [
         "import silkie_jax",
         "import silkie_jax.corpus",
-        "import data_prep.tables.vlfeedback, data_prep.tables.given_pairs",
-        "import silkie_jax.endpoints.stage, data_prep.respond, data_prep.judging.rate, data_prep.corpora.build",
+        """
+        import importlib, pkgutil, data_prep, silkie_jax.endpoints
+        for package in (data_prep, silkie_jax.endpoints):
+            for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+                importlib.import_module(module.name)
+        """,
         "import silkie_jax.cli; silkie_jax.cli.make_parser()",
     ],
 )
