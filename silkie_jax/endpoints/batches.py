@@ -43,7 +43,7 @@ from silkie_jax.endpoints.batch_files import (
     read_line,
     unfinished,
 )
-from silkie_jax.endpoints.budget import Expectation, estimate
+from silkie_jax.endpoints.budget import Expectation, estimate, open_sizes
 from silkie_jax.endpoints.client import Client
 from silkie_jax.endpoints.journal import Statement
 from silkie_jax.endpoints.limits import FIRST_WAIT
@@ -154,11 +154,7 @@ class BatchLane:
         most_usd = self.first * self.work.budget.left
         if not self._on_trial or most_usd <= 0:
             return 1
-        count, text, images = self.work.run.db.execute(
-            "SELECT count(*), coalesce(sum(text_bytes), 0), coalesce(sum(image_tokens), 0) FROM requests "
-            "WHERE stage = ? AND agent = ? AND state = 'open'",
-            (self.work.stage, self.name),
-        ).fetchone()
+        count, text, images = open_sizes(self.work.run.db, self.work.stage, self.name)
         tokens_in, tokens_out = self.expectation.bound(text + count, images)
         every = self.agent.cost(tokens_in, count * tokens_out, batch=True)
         return max(1, min(count, math.ceil(every / most_usd)))

@@ -135,15 +135,20 @@ class Estimate:
     cost: float | None
 
 
+def open_sizes(db: sqlite3.Connection, stage: str, agent: str) -> tuple[int, int, int]:
+    """How many requests of an agent are open, and the sums of their text's bytes and images' tokens."""
+    return db.execute(
+        "SELECT count(*), coalesce(sum(text_bytes), 0), coalesce(sum(image_tokens), 0) FROM requests "
+        "WHERE stage = ? AND agent = ? AND state = 'open'",
+        (stage, agent),
+    ).fetchone()
+
+
 def estimate(db: sqlite3.Connection, stage: str, agents: dict[str, Agent], batch: bool) -> list[Estimate]:
     """For every agent, what its open requests are expected to take."""
     table = []
     for name, agent in agents.items():
-        requests, text, images = db.execute(
-            "SELECT count(*), coalesce(sum(text_bytes), 0), coalesce(sum(image_tokens), 0) FROM requests "
-            "WHERE stage = ? AND agent = ? AND state IN ('open', 'postponed')",
-            (stage, name),
-        ).fetchone()
+        requests, text, images = open_sizes(db, stage, name)
         tokens = Expectation.of(db, stage, name, agent).expected(requests, text, images)
         cost = 0.0 if agent.free else None if agent.price is None else agent.cost(*tokens, batch=batch)
         table.append(Estimate(name, requests, *tokens, cost))

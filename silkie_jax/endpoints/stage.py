@@ -118,10 +118,10 @@ def run_stage(
     try:
         with run.transaction():
             plan()
+            run.db.execute("UPDATE requests SET state = 'open' WHERE stage = ? AND state = 'postponed'", (stage,))
             estimates = estimate(run.db, stage, agents, options.batch)
             if options.dry_run:
                 raise _DryRun
-            run.db.execute("UPDATE requests SET state = 'open' WHERE stage = ? AND state = 'postponed'", (stage,))
     except _DryRun:
         return StageResult(estimates, spent, spent, {}, {})
     attempts: Counter[str] = asyncio.run(_send(run, stage, agents, keys, review, options, spent))
