@@ -3,16 +3,17 @@
 A fixed number of slots hold keys and values. A request takes a slot for each of its samples as slots become free, and
 gives it back when the sample ends; meanwhile the others go on. Its prompt is computed once for all its samples, and an
 image once for all requests that show it while its features are kept. What a request gets follows from the request alone
-(its length decides the dynamic NTK factor, its seed the draws), never from what else is in flight. With another number
-of slots arithmetic differs by rounding, as between any two programs.
+(its length decides the dynamic NTK factor, its seed the draws), never from what else is in flight. With another
+number of slots arithmetic differs by rounding, as between any two programs.
 
 On several hosts every host runs the same requests in the same order.
 """
 
+import dataclasses
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
@@ -142,7 +143,7 @@ class Engine:
             top_logprobs=top_logprobs,
             mesh=mesh,
             kernel=kernel,
-            keeper=Keeper(PLAIN if mesh is None else replace(kernel, name="plain")) if keeper is None else keeper,
+            keeper=keeper or Keeper(dataclasses.replace(kernel, name="plain")),
             own=own,
         )
         self._lanes: list[_Lane | None] = [None] * self._programs.count
@@ -282,7 +283,7 @@ class Engine:
             tokens = np.zeros((rows, length), np.int32)
             nowhere = np.full(rows, p.count, np.int32)
             p.prefill(tokens, np.full_like(tokens, -1), np.zeros(rows, np.int32), turns, nowhere)
-        p.fork(0, 0)
+        p.fork(0, [])
         p.decode(self._say_lanes(), eager=False)
         took = time.monotonic() - began
         say(f"engine: {p.count} slots of {self.context} tokens; {p.compiled} programs in {took:.1f} s")
@@ -380,9 +381,10 @@ class Engine:
 
     def _fork(self, ticket: Ticket, source: int, free: deque[int]) -> None:
         """Starts further samples of a prompt that is in slot `source`, while slots are free."""
-        while ticket.waiting and free:
-            target = free.popleft()
-            self._programs.fork(source, target)
+        targets = [free.popleft() for _ in range(min(len(ticket.waiting), len(free)))]
+        if targets:
+            self._programs.fork(source, targets)
+        for target in targets:
             self._start(ticket, target)
         if not ticket.waiting and ticket in self._started:
             self._started.remove(ticket)

@@ -2,13 +2,14 @@
 
     encode   images -> their rows in the pool of features
     prefill  a prompt but its last token -> its keys and values in a slot; one program a padded length
-    fork     one slot's keys and values -> another slot
+    fork     one slot's keys and values -> other slots
     decode   up to `steps` more tokens of every slot
 
 A prompt's last token is what the first step of `decode` begins with, so that prompts never meet the vocabulary in
 `prefill`, and every sample of a prompt begins alike.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -139,9 +140,11 @@ class Programs:
         """Fills the slots of some prompts; a slot beyond the last one is dropped."""
         self._kept = self._prefill(self._state, self._kept, self._pool, tokens, places, lengths, turns, slots)
 
-    def fork(self, source: int, target: int) -> None:
-        """Copies what a slot holds to another one."""
-        self._kept = self._fork(self._kept, np.int32(source), np.int32(target))
+    def fork(self, source: int, targets: Sequence[int]) -> None:
+        """Copies what a slot holds to other ones."""
+        numbers = np.full(self.count, self.count, np.int32)
+        numbers[: len(targets)] = targets
+        self._kept = self._fork(self._kept, np.int32(source), numbers)
 
     def decode(self, lanes: Lanes, eager: bool) -> Decoded:
         """Up to `steps` more ids of each slot, fewer as soon as one ends if `eager`; waits for them."""
@@ -176,8 +179,8 @@ class Programs:
         new = model.language.prefill(x, r, self.kernel.among(branches))
         return tuple(self.keeper.keep_prompts(kept, *layer, numbers) for kept, layer in zip(slots, new, strict=True))
 
-    def _fork_slot(self, slots: Layers, source: Array, target: Array) -> Layers:
-        return jax.tree.map(lambda x: x.at[target].set(x[source]), slots)
+    def _fork_slot(self, slots: Layers, source: Array, targets: Array) -> Layers:
+        return jax.tree.map(lambda x: x.at[targets].set(x[source], mode="drop"), slots)
 
     def _decode_slots(
         self, state: nnx.State, slots: Layers, lanes: Any, eager: Bool[Array, ""]
