@@ -255,7 +255,7 @@ def _serve(args: argparse.Namespace) -> None:
     limits = Limits(
         body=args.max_body * 2**20,
         images=args.max_images,
-        pixels=args.max_pixels or MAX_PIXELS,
+        pixels=MAX_PIXELS if args.max_pixels is None else args.max_pixels,
         n=args.max_n,
         seconds=args.timeout,
     )

@@ -81,6 +81,7 @@ def serve(options: ServeOptions) -> None:
     Raises:
       UserError: an option or the checkpoint is not sound, or the engine failed.
     """
+    _check(options)
     key = _read_key(options.api_key_env)
     with _listen(options.host, options.port) as listener:
         host = f"[{options.host}]" if ":" in options.host else options.host
@@ -188,6 +189,22 @@ def read_mesh(text: str) -> tuple[int, int, int]:
             raise UserError(f"--mesh: {part!r} is not like fsdp=4; the axes are {', '.join(sizes)}")
         sizes[name.strip()] = int(size)
     return sizes["data"], sizes["fsdp"], sizes["tensor"]
+
+
+def _check(options: ServeOptions) -> None:
+    limits = options.limits
+    for name, value, least in (
+        ("queue", options.queue, 0),
+        ("top-logprobs", options.top_logprobs, 0),
+        ("max-body", limits.body, 1),
+        ("max-images", limits.images, 0),
+        ("max-pixels", limits.pixels, 1),
+        ("max-n", limits.n, 1),
+    ):
+        if value < least:
+            raise UserError(f"--{name} must be at least {least}")
+    if not limits.seconds > 0:
+        raise UserError(f"--timeout must be more than 0 seconds, not {limits.seconds:g}")
 
 
 def _read_key(name: str | None) -> str | None:
