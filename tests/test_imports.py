@@ -23,7 +23,7 @@ ALLOWED = {
     "silkie_jax.serving": {*_BELOW, "loading", "generation", "scoring", "preference"},
     "silkie_jax.training": {*_BELOW, "yaml_files", "preference", "scoring", "generation"},
     "silkie_jax.forecast": {*_BELOW, "preference", "training"},
-    "silkie_jax.endpoints": {"yaml_files"},
+    "silkie_jax.endpoints": {"yaml_files", "image_limits"},
     "data_prep": {"corpus", "endpoints", "image_limits", "yaml_files"},
 }
 # The rooms of data_prep -> the others of it that each may import; `run` is what all of them fill and read.

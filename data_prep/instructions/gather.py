@@ -31,6 +31,7 @@ from data_prep.tables.images import check_image, upright
 from data_prep.tables.importing import id_of
 from data_prep.tables.rejections import Rejected, Rejection
 from data_prep.tables.table import Place, Table
+from silkie_jax.corpus.shards import write_file
 from silkie_jax.endpoints.store import to_json
 from silkie_jax.errors import UserError
 
@@ -85,7 +86,7 @@ def gather_instructions(
             report = gathering.gather()
             opened.write_instructions(gathering.chosen(), settings)
             shutil.move(work / "rejected.jsonl", opened.path / "instructions_rejected.jsonl")
-            saved.write_text(json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_file(saved, [json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n"], temporary_in=work)
             return report
         finally:
             shutil.rmtree(work, ignore_errors=True)
