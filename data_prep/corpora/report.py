@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from PIL import Image
 from tqdm import tqdm
 
 from data_prep.corpora import published
 from data_prep.corpora.measures import Measures
 from data_prep.run import Run
+from data_prep.tables.images import opened
+from data_prep.tables.rejections import Rejected
 from silkie_jax.corpus import CorpusReader, Record
 from silkie_jax.corpus.reader import read_manifest
 from silkie_jax.errors import UserError
@@ -177,10 +178,13 @@ def _example(record: Record) -> dict[str, Any]:
 
 
 def _thumbnail(data: bytes) -> str:
-    """A small JPEG as a data URL."""
-    with Image.open(io.BytesIO(data)) as image:
-        image.draft("RGB", (2 * _THUMBNAIL, 2 * _THUMBNAIL))
-        small = image.convert("RGB")
+    """A small JPEG as a data URL; why not, in words, of what is no image that can be read."""
+    try:
+        with opened(data) as image:
+            image.draft("RGB", (2 * _THUMBNAIL, 2 * _THUMBNAIL))
+            small = image.convert("RGB")
+    except Rejected as why:
+        return str(why)
     small.thumbnail((_THUMBNAIL, _THUMBNAIL))
     file = io.BytesIO()
     small.save(file, "JPEG", quality=80)

@@ -231,8 +231,6 @@ class _Gathering:
             return _Ready(asked, files, [look(data) for data in files])
         except Rejected as why:
             return _Refused(asked.id, why)
-        except Exception as error:  # Pillow's many kinds, for files that only seem whole
-            return _Refused(asked.id, Rejected("unreadable image", error))
 
     def _accept(self, name: str, source: SourceConfig, number: int, ready: _Ready) -> None:
         """Spools an instruction and stores its images, unless it repeats an earlier one."""

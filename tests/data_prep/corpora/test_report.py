@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+from dataclasses import replace
 from statistics import stdev
 
 import pytest
@@ -181,6 +183,23 @@ def test_the_page_needs_nothing_else_and_runs_nothing(tmp_path):
     numbers = json.loads((tmp_path / "r.json").read_text())
     assert numbers["records"] == 3
     assert numbers["ratings"]["A"]["histogram"] == {"1": 3, "2": 0, "3": 0, "4": 0, "5": 3}
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 12\n%%EndComments\n"
+
+
+@pytest.mark.parametrize("data", [EPS, b"no image", picture(0)[:-30]], ids=["EPS", "text", "cut off"])
+def test_what_is_no_image_is_said_and_never_handed_to_another_program(tmp_path, monkeypatch, data):
+    def started(*_, **__):
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", started)
+    corpus_of(tmp_path / "corpus", [replace(record(0, [1, 5]), images=(data,))])
+    page = write_report(tmp_path / "corpus", progress=False)
+    assert "unreadable image: " in page.read_text()
+    text = show(tmp_path / "corpus", number=0)
+    assert "image 1: PNG 16 x 12" in text if data.startswith(b"\x89PNG") else "image 1: unreadable image" in text
 
 
 def test_a_corpus_without_ratings_and_one_of_vlfeedback(tmp_path):

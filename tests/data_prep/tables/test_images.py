@@ -1,14 +1,18 @@
 """Images are found by name only inside what was given, and stored only if they can be decoded."""
 
+import ast
 import io
 import stat
 import warnings
 import zipfile
 import zlib
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import data_prep
+import silkie_jax
 from data_prep.tables.archives import open_images
 from data_prep.tables.images import check_image
 from data_prep.tables.rejections import Rejected
@@ -71,6 +75,18 @@ def test_a_flipped_byte_in_a_png_is_noticed():
     data[len(data) // 2] ^= 255
     with pytest.raises(Rejected, match="unreadable image"):
         check_image(bytes(data))
+
+
+def test_every_image_is_opened_by_the_table_of_formats():
+    """Without it, Pillow starts Ghostscript for an EPS file."""
+    found = []
+    for path in (*Path(silkie_jax.__file__).parent.rglob("*.py"), *Path(data_prep.__file__).parent.rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "Image.open":
+                formats = {ast.unparse(word.value) for word in call.keywords if word.arg == "formats"}
+                found.append((path.name, formats))
+    assert found
+    assert all(formats <= {"FORMATS", "STORED"} and formats for _, formats in found), found
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
