@@ -71,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--jsonl", metavar="FILE", help="VLFeedback rows: JSONL or parquet")
     source.add_argument("--pairs", metavar="FILE", help="rows of image, prompt, chosen, rejected: JSONL or parquet")
-    p.add_argument("--images", metavar="DIR_OR_ZIP", help="where the images are; default: beside the rows")
+    p.add_argument("--images", metavar="PATH", help="the rows' images: a folder, zip or tar; default: beside the rows")
     p.add_argument("dst", help="the corpus folder to make, or to complete")
 
     add_corpus_verbs(partial(verb, corpus))

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
-from data_prep.tables.archives import Images, open_images
+from data_prep.tables.archives import Images, images_of_rows
 from data_prep.tables.images import check_image
 from data_prep.tables.rejections import Rejected, Rejection, nothing_usable
 from data_prep.tables.summary import Summary, counts_of, pairs_by_rule
@@ -109,7 +109,7 @@ def run_import(
     if workers is not None and workers < 1:
         raise UserError(f"workers: {workers} is not at least 1")
     rows = Table(source)
-    with closing(open_images(images, max_bytes=max_image_bytes)) as store:
+    with closing(images_of_rows(rows.path, images, max_bytes=max_image_bytes)) as store:
         plan = _scan(rows, store, parse, identical_rows, progress)
         if not plan.accepted:
             raise nothing_usable(rows.path, plan.rejections)

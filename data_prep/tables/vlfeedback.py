@@ -36,7 +36,7 @@ def import_vlfeedback(
 
     Args:
         source: a .jsonl or .parquet file, or a folder of them.
-        images: a folder or a zip, read in place; None where rows carry their images or have none.
+        images: a folder, zip or tar, read in place; None: beside the rows, where the rows do not carry them.
         dst: the corpus folder to make.
         shards: number of files; about one for each 1,000 rows by default.
         workers: threads; as many as there are processors by default.

@@ -188,6 +188,15 @@ def test_images_from_a_zip(tmp_path, images):
     assert CorpusReader(tmp_path / "zip").fingerprint == CorpusReader(tmp_path / "folder").fingerprint
 
 
+def test_images_beside_the_rows_are_the_default(tmp_path, images):
+    rows = [row("a"), row("b", img_path="b.jpg"), row("c", img_path=None)]
+    (images / "b.jpg").write_bytes((images / "merged_images" / "b.jpg").read_bytes())
+    _, named = run(write_rows(tmp_path / "rows.jsonl", rows[:2]), images, tmp_path / "named")
+    summary, beside = run(write_rows(images / "rows.jsonl", rows), None, tmp_path / "beside")
+    assert beside[:2] == named
+    assert (summary.images, summary.text_only) == (2, 1)
+
+
 def test_parquet_in_both_forms_and_with_its_own_images(tmp_path, images):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -233,7 +242,7 @@ def test_what_the_user_can_mend_is_one_line(tmp_path, images):
         (good, images, {"workers": 0}, "workers: 0"),
         (good, images, {"shards": -1}, "shards: -1"),
         (write_rows(tmp_path / "empty.jsonl", []), images, {}, "holds no rows"),
-        (good, None, {}, "none of the 1 rows .* image not found: merged_images/a.jpg because no image folder"),
+        (good, None, {}, r"none of the 1 rows .* image not found: merged_images/a.jpg beside the rows: .*--images"),
     ]
     for source, folder, options, message in cases:
         with pytest.raises(UserError, match=message) as error:
