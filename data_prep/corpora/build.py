@@ -234,12 +234,12 @@ def _finish(
         dropped_responses=0,
         ratings=counts["ratings"],
         missing_ratings=counts["missing_ratings"],
-        ratings_outside_1_to_5=counts["ratings_outside_1_to_5"],
+        ratings_off_scale=0,  # the parser takes none from a reply
         duplicate_ids_identical=0,
         duplicate_ids_differing=0,
         unreadable_images=0,
         refused_files=0,
-        rejected=dict(Counter(rejection.reason for rejection in rejections)),
+        rejected=dict(Counter(rejection.reason for rejection in rejections if rejection.what == "row")),
         pairs=dict(pairs),
     )
     rubrics = [make(rubric, Rubric) for rubric in job.rubrics.values()]

@@ -80,7 +80,7 @@ def measure(
 ) -> dict[str, Any]:
     """The numbers of a report (see `Measures.to_json`), with what the manifest knows and what was spent."""
     manifest = read_manifest(corpus.path)
-    measures = Measures(manifest.get("weights"))
+    measures = Measures(manifest.get("weights"), manifest.get("scales"))
     for record in tqdm(
         corpus, total=len(corpus), unit="record", desc="counting", disable=not progress, mininterval=0.5
     ):
@@ -126,6 +126,11 @@ def remarks(numbers: dict[str, Any]) -> list[str]:
         share = row["missing"] / max(row["n"] + row["missing"], 1)
         if share > 0.05:
             found.append(f"{row['missing']:,} ratings of {aspect} are missing ({share:.0%}).")
+    for aspect, count in numbers["off_scale"].items():
+        found.append(
+            f"{count:,} ratings of {aspect} are off the scale and count in none of these numbers: correct them and "
+            "import the corpus anew."
+        )
     for judge, row in numbers["judges"].items():
         replies = row["replies"]
         lost = sum(count for kind, count in replies.items() if kind != "complete")

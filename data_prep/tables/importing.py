@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 from tqdm import tqdm
 
 from data_prep.tables.archives import Images, images_of_rows
+from data_prep.tables.fields import Scale
 from data_prep.tables.images import check_image
 from data_prep.tables.rejections import Rejected, Rejection, nothing_usable
 from data_prep.tables.summary import Summary, counts_of, pairs_by_rule
@@ -46,6 +47,7 @@ class Draft:
         images: a path to look up among the image files, or the bytes themselves.
         image_id: where a path is absent or not found, an image file of this name with any suffix is meant.
         dropped: why responses were left out, one text each.
+        off_scale: which ratings were left out because they are off the scale, one text each.
         (the rest): as in `Record`.
     """
 
@@ -58,6 +60,7 @@ class Draft:
     pairs: list[tuple[int, int]] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
+    off_scale: list[str] = field(default_factory=list)
 
 
 Parser = Callable[[dict[str, Any]], Draft]
@@ -97,6 +100,7 @@ def run_import(
     progress: bool = True,
     max_pixels: int = MAX_PIXELS,
     max_image_bytes: int = MAX_BYTES,
+    scale: Scale | None = None,
 ) -> Summary:
     """Imports rows into a corpus; see the module for how, and `import_vlfeedback` for the arguments.
 
@@ -105,6 +109,7 @@ def run_import(
         name: of the data set, in file names and as the records' source.
         identical_rows: whether a row that repeats an earlier one with its id is listed as a duplicate, or kept. A row
             that has an earlier one's id but says something else is always kept. What is kept is renamed: `id#2`.
+        scale: lowest and highest rating, where rows have ratings.
     """
     if workers is not None and workers < 1:
         raise UserError(f"workers: {workers} is not at least 1")
@@ -122,10 +127,12 @@ def run_import(
         with CorpusBuilder(dst, name, min(count, len(plan.accepted))) as builder:
             job = _Job(rows, store, parse, name, max_pixels, settings, builder, plan.accepted)
             entries = _run_all(job, workers or os.cpu_count() or 1, progress)
-            return _finish(builder, rows, plan, entries, key)
+            return _finish(builder, rows, plan, entries, key, scale)
 
 
-def _finish(builder: CorpusBuilder, rows: Table, plan: _Plan, entries: list[Entry], key: str) -> Summary:
+def _finish(
+    builder: CorpusBuilder, rows: Table, plan: _Plan, entries: list[Entry], key: str, scale: Scale | None
+) -> Summary:
     """Sums up the shards and completes the corpus."""
     in_shards = [Rejection(**fields) for entry in entries for fields in entry.notes["rejections"]]
     rejections = sorted(plan.rejections + in_shards)
@@ -137,7 +144,7 @@ def _finish(builder: CorpusBuilder, rows: Table, plan: _Plan, entries: list[Entr
         "rejected.jsonl": (rejection.to_json() + "\n" for rejection in rejections),
         "summary.json": [summary.to_json()],
     }
-    builder.finish(entries, files, {"aspects": aspects, "input": key})
+    builder.finish(entries, files, {"aspects": aspects, "input": key, "scales": dict.fromkeys(aspects, scale)})
     return summary
 
 
@@ -172,11 +179,15 @@ def _scan(rows: Table, store: Images, parse: Parser, identical_rows: str, progre
             except Rejected as why:
                 plan.rejections.append(_rejection(rows, row.place, plan.rows, row.line, row_id, why))
                 continue
-            digest = hashlib.sha256(_hash(row.digest, id, *stamps).encode()).digest()
+            digest = hashlib.sha256(_hash(row.digest, id, *stamps, *draft.off_scale).encode()).digest()
             plan.accepted.append(_Accepted(row.place, plan.rows, row.line, id, digest))
-            for why_dropped in draft.dropped:
-                dropped = Rejected("response dropped", why_dropped)
-                plan.rejections.append(_rejection(rows, row.place, plan.rows, row.line, id, dropped, "response"))
+            for what, reason, details in (
+                ("response", "response dropped", draft.dropped),
+                ("rating", "rating off the scale", draft.off_scale),
+            ):
+                for detail in details:
+                    why = Rejected(reason, detail)
+                    plan.rejections.append(_rejection(rows, row.place, plan.rows, row.line, id, why, what))
     return plan
 
 
@@ -236,7 +247,9 @@ class _Job:
                 source=self.name,
                 extra=draft.extra,
             )
-            counts.update(counts_of(record), dropped_responses=len(draft.dropped))
+            counts.update(
+                counts_of(record), dropped_responses=len(draft.dropped), ratings_off_scale=len(draft.off_scale)
+            )
             aspects.update(dict.fromkeys(aspect for response in record.responses for aspect in response.ratings))
             for rule, found in pairs_by_rule(record).items():
                 pair_counts[rule] += found
@@ -302,7 +315,7 @@ def _sum_up(plan: _Plan, entries: list[Entry], rejections: list[Rejection]) -> S
         dropped_responses=counts["dropped_responses"],
         ratings=counts["ratings"],
         missing_ratings=counts["missing_ratings"],
-        ratings_outside_1_to_5=counts["ratings_outside_1_to_5"],
+        ratings_off_scale=counts["ratings_off_scale"],
         duplicate_ids_identical=duplicates["duplicate id, identical row"],
         duplicate_ids_differing=duplicates["duplicate id, differing row"],
         unreadable_images=rejected["unreadable image"] + rejected["image too large"],

@@ -25,7 +25,7 @@ class Summary:
         dropped_responses: left out of a record that was kept, because they are no text.
         ratings: numbers found.
         missing_ratings: ratings absent or not a number (NaN in the corpus).
-        ratings_outside_1_to_5: kept as they are.
+        ratings_off_scale: of the missing ones, numbers off the scale; each is listed in `rejected.jsonl`.
         duplicate_ids_identical: rows that repeat an earlier one: left out (VLFeedback) or renamed (pairs).
         duplicate_ids_differing: rows with the id of an earlier row that says something else: renamed.
         unreadable_images: rows left out because an image is damaged, of an unknown format or too large.
@@ -42,7 +42,7 @@ class Summary:
     dropped_responses: int
     ratings: int
     missing_ratings: int
-    ratings_outside_1_to_5: int
+    ratings_off_scale: int
     duplicate_ids_identical: int
     duplicate_ids_differing: int
     unreadable_images: int
@@ -55,7 +55,9 @@ class Summary:
 
     @classmethod
     def from_json(cls, text: str) -> "Summary":
-        return cls(**json.loads(text))
+        fields = json.loads(text)
+        fields.setdefault("ratings_off_scale", fields.pop("ratings_outside_1_to_5", 0))  # as it was called
+        return cls(**fields)
 
     def table(self) -> str:
         """A small table for the terminal; counts of 0 that are only of interest when they are not are left out."""
@@ -84,7 +86,6 @@ def counts_of(record: Record) -> dict[str, int]:
         "responses": len(record.responses),
         "ratings": len(numbers),
         "missing_ratings": len(ratings) - len(numbers),
-        "ratings_outside_1_to_5": sum(not 1 <= rating <= 5 for rating in numbers),
     }
 
 

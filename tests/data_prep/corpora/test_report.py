@@ -4,6 +4,7 @@ import json
 import math
 import re
 import subprocess
+import tracemalloc
 from dataclasses import replace
 from statistics import stdev
 
@@ -120,6 +121,43 @@ def test_ratings_ties_lengths_and_models():
     assert numbers["models"]["m1"]["overall"]["mean"] == 4.25
     assert numbers["pairs"]["mean_rating"] == 8
     assert numbers["sources"] == {"": 1, "s": 1}
+
+
+def test_one_absurd_rating_costs_no_memory_and_is_named(tmp_path):
+    records = [record(0, [1, 5, 3e6]), record(1, [-1e300, 4, math.inf]), record(2, [2, 6, 3])]
+    tracemalloc.start()
+    numbers = Measures()
+    for one in records[:2]:  # as imported before scales were kept
+        numbers.add(one)
+    found = numbers.to_json()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+    assert found["ratings"]["A"]["histogram"] == {"1": 1, "2": 0, "3": 0, "4": 1, "5": 1}
+    assert (found["ratings"]["A"]["n"], found["ratings"]["A"]["missing"], found["off_scale"]) == (3, 0, {"A": 3})
+
+    corpus_of(tmp_path / "corpus", [records[0], records[2]], scales={"A": [1, 5]})
+    page = write_report(tmp_path / "corpus", progress=False)
+    assert json.loads(page.with_suffix(".json").read_text())["off_scale"] == {"A": 2}
+    assert "2 ratings of A are off the scale" in page.read_text()
+
+
+def test_numbers_stay_small_however_many_names_there_are():
+    measures = Measures()
+    for n in range(300):
+        responses = (Response("x", f"m{n}", {f"A{n}": 3}),)
+        judged = {"judge": f"j{n}", "order": 0, "kind": "complete", "shown": [0], "ratings": {"A": [3]}}
+        extra = {"licence": f"l{n}", "judgements": [judged]}
+        measures.add(Record(f"r{n}", (), "prompt", responses, source=f"s{n}", extra=extra))
+    numbers = measures.to_json()
+    for key in ("sources", "licences", "models", "ratings", "judges", "pairs"):
+        assert len(numbers[key]) == 101
+    assert numbers["models"]["(others)"]["responses"] == numbers["sources"]["(others)"] == 200
+
+
+def test_a_corpus_without_any_number_is_reported(tmp_path):
+    corpus_of(tmp_path / "corpus", [record(0, [math.nan, math.nan])])
+    assert "2 missing" in write_report(tmp_path / "corpus", progress=False).read_text()
 
 
 def test_weights_count_in_the_overall_rating():
