@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, UInt8
 
 from silkie_jax.errors import UserError
+from silkie_jax.generation.requests import check_sampling, stop_sequences
 from silkie_jax.generation.sampling import sample
 from silkie_jax.models.qwen_vl.language import Cache, frequencies, ntk_alpha, rotation
 from silkie_jax.models.qwen_vl.model import QwenVL, check_inputs, check_spans
@@ -43,14 +44,7 @@ def generate(
     Raises:
       UserError: options out of range, an empty prompt, or images that do not fit the tokens.
     """
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature must be 0 (greedy) or more, not {temperature}")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p must be in (0, 1], not {top_p}")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed must be in [0, 2**32), not {seed}")
+    check_sampling(max_new_tokens, temperature, top_p, seed)
     checked, images, mask = check_inputs(model.config, tokens, images, mask)
     valid = np.ones(checked.shape, bool) if mask is None else np.asarray(mask)
     if not valid.any(1).all():
@@ -68,19 +62,9 @@ def generate(
         jnp.float32(top_p),
         jax.random.key(seed),
         max_new_tokens=int(max_new_tokens),
-        stops=_stop_sequences(stop),
+        stops=stop_sequences(stop),
         greedy=temperature == 0,
     )
-
-
-def _stop_sequences(stop: int | Iterable[int | Sequence[int]]) -> StopSequences:
-    """Single ids and sequences of ids, all as tuples."""
-    entries = stop if isinstance(stop, Iterable) else [stop]
-    sequences = [np.atleast_1d(np.asarray(entry)) for entry in entries]
-    for sequence in sequences:
-        if sequence.size and (sequence.ndim > 1 or not np.issubdtype(sequence.dtype, np.integer)):
-            raise UserError(f"stop must hold ids or sequences of ids, not {sequence.tolist()}")
-    return tuple(tuple(sequence.tolist()) for sequence in sequences if sequence.size)
 
 
 def _pad_left(ids: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

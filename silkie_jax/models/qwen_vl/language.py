@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from silkie_jax.models.qwen_vl.config import QwenVLConfig
-from silkie_jax.nn.attention import Attend, attention
+from silkie_jax.nn.attention import Attend, AttendKept, attention
 from silkie_jax.nn.lora import Linear
 from silkie_jax.nn.precision import precision
 from silkie_jax.nn.stack import scan, stack
@@ -93,10 +93,12 @@ class Cache(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Keys and values of all layers for B sequences that do not begin and end together; each fills up to C places."""
+    """Keys and values of B sequences that do not begin and end together, a pair of arrays [B, C, H, D] for each layer.
 
-    k: Float[Array, "L B C H D"]
-    v: Float[Array, "L B C H D"]
+    An array a layer, as in `nn.stack.unstack`: what has a layer axis is copied in every step.
+    """
+
+    layers: tuple[tuple[Float[Array, "B C H D"], Float[Array, "B C H D"]], ...]
 
 
 class Attention(nnx.Module):
@@ -161,19 +163,17 @@ class Block(nnx.Module):
         x: Float[Array, "B 1 W"],
         r: Rotation,
         lengths: Int[Array, "B"],
-        slots: Slots,
-        layer: jax.Array,
-        width: int,
-    ) -> tuple[Float[Array, "B 1 W"], Slots]:
+        kept: tuple[Float[Array, "B C H D"], Float[Array, "B C H D"]],
+        attend: AttendKept,
+    ) -> tuple[Float[Array, "B 1 W"], tuple[Float[Array, "B C H D"], Float[Array, "B C H D"]]]:
         """Like `__call__` for one more token of each slot, which sees itself and the first `lengths` of its slot."""
         q, k, v = self.attn.qkv(self.ln_1(x), r, adapter=True)
         each = jnp.arange(x.shape[0])
-        keys = slots.k.at[layer, each, lengths].set(k[:, 0], mode="drop")
-        values = slots.v.at[layer, each, lengths].set(v[:, 0], mode="drop")
-        mask = jnp.arange(width) <= lengths[:, None, None]
-        y = attention(q, keys[layer, :, :width], values[layer, :, :width], mask)
-        x = x + self.attn.out(y, adapter=True)
-        return x + self.mlp(self.ln_2(x)), Slots(keys, values)
+        keys, values = (
+            old.at[each, lengths].set(new[:, 0], mode="drop") for old, new in zip(kept, (k, v), strict=True)
+        )
+        x = x + self.attn.out(attend(q, keys, values, lengths), adapter=True)
+        return x + self.mlp(self.ln_2(x)), (keys, values)
 
     def cached(
         self,
@@ -231,31 +231,28 @@ class Decoder(nnx.Module):
 
     def prefill(
         self, x: Float[Array, "B T W"], r: Rotation, attend: Attend
-    ) -> tuple[Float[Array, "L B T H D"], Float[Array, "L B T H D"]]:
-        """The keys and values of whole prompts; what follows them is up to `step`."""
-        graph, state = nnx.split(self.layers)
-
-        def body(x: jax.Array, state: nnx.State):
-            return nnx.merge(graph, state).keeping(x, r, attend)
-
-        return jax.lax.scan(body, x, state)[1]
+    ) -> list[tuple[Float[Array, "B T H D"], Float[Array, "B T H D"]]]:
+        """The keys and values of whole prompts in each layer of a model that is `apart`; the rest is up to `step`."""
+        kept = []
+        for block in self.layers:
+            x, keys_and_values = block.keeping(x, r, attend)
+            kept.append(keys_and_values)
+        return kept
 
     def step(
-        self, x: Float[Array, "B 1 W"], r: Rotation, lengths: Int[Array, "B"], slots: Slots, width: int
+        self,
+        x: Float[Array, "B 1 W"],
+        r: Rotation,
+        lengths: Int[Array, "B"],
+        slots: Slots,
+        attend: AttendKept,
     ) -> tuple[Float[Array, "B 1 W"], Slots]:
-        """The hidden states of one more token of each slot, which is added to it at place `lengths` (dropped beyond).
-
-        No slot is seen beyond its first `width` places. The slots are carried, so that they are updated in place.
-        """
-        graph, state = nnx.split(self.layers)
-
-        def body(carry: tuple[jax.Array, Slots, jax.Array], state: nnx.State):
-            x, slots, layer = carry
-            x, slots = nnx.merge(graph, state).step(x, r, lengths, slots, layer, width)
-            return (x, slots, layer + 1), None
-
-        (y, slots, _), _ = jax.lax.scan(body, (x, slots, jnp.int32(0)), state)
-        return self.ln_f(y), slots
+        """The hidden states of one more token of each slot, which is added at place `lengths` (beyond the end: not)."""
+        layers = []
+        for block, kept in zip(self.layers, slots.layers, strict=True):
+            x, kept = block.step(x, r, lengths, kept, attend)
+            layers.append(kept)
+        return self.ln_f(x), Slots(tuple(layers))
 
     def logits(self, hidden: Float[Array, "... W"]) -> Float[Array, "... V"]:
         """float32 scores of the vocabulary."""

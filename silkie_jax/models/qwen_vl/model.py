@@ -15,6 +15,7 @@ from silkie_jax.models.qwen_vl.config import IMAGE_TOKENS, QwenVLConfig
 from silkie_jax.models.qwen_vl.language import Decoder, frequencies, ntk_alpha, rotation
 from silkie_jax.models.qwen_vl.vision import VisionTower
 from silkie_jax.nn.attention import PADDING, PLAIN, PROMPT, Kernel
+from silkie_jax.nn.stack import unstack
 
 
 class QwenVL(nnx.Module):
@@ -58,6 +59,15 @@ class QwenVL(nnx.Module):
         tokens, images, mask = check_inputs(self.config, tokens, images, mask)
         graph, state = nnx.split(self)
         return _logits(graph, state, tokens, images, mask, bool(train))
+
+    def apart(self, *, free: bool = False) -> "QwenVL":
+        """The same model, its decoder's layers modules of their own, as generation wants them (nn.stack.unstack).
+
+        It shares all other arrays. `free` takes the layers' memory from this model, which is of no use afterwards.
+        """
+        model = nnx.merge(*nnx.split(self))
+        model.language.layers = nnx.List(unstack(self.language.layers, free=free))
+        return model
 
     def encode_images(
         self, images: UInt8[Array, "... S S 3"], wrap: Callable | None = None, kernel: Kernel = PLAIN
