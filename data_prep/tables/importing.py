@@ -186,8 +186,8 @@ def _scan(rows: Table, store: Images, parse: Parser, identical_rows: str, progre
                 ("rating", "rating off the scale", draft.off_scale),
             ):
                 for detail in details:
-                    why = Rejected(reason, detail)
-                    plan.rejections.append(_rejection(rows, row.place, plan.rows, row.line, id, why, what))
+                    left_out = Rejected(reason, detail)
+                    plan.rejections.append(_rejection(rows, row.place, plan.rows, row.line, id, left_out, what))
     return plan
 
 
