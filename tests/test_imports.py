@@ -100,8 +100,7 @@ def test_model_objective_and_step_need_little():
         "import silkie_jax",
         "import silkie_jax.corpus",
         "import data_prep.tables.vlfeedback, data_prep.tables.given_pairs",
-        "import silkie_jax.endpoints.stage, data_prep.respond, data_prep.judging.rate, data_prep.instructions.gather",
-        "import data_prep.corpora.build, data_prep.corpora.report, data_prep.corpora.show, data_prep.corpora.export",
+        "import silkie_jax.endpoints.stage, data_prep.respond, data_prep.judging.rate, data_prep.corpora.build",
         "import silkie_jax.cli; silkie_jax.cli.make_parser()",
     ],
 )

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 from tqdm import tqdm
 
@@ -26,7 +26,7 @@ from data_prep.tables.archives import Images, images_of_rows
 from data_prep.tables.fields import Scale
 from data_prep.tables.images import check_image
 from data_prep.tables.rejections import Rejected, Rejection, nothing_usable
-from data_prep.tables.summary import Summary, counts_of, pairs_by_rule
+from data_prep.tables.summary import Summary, counts_of, finish, pairs_by_rule, rejections_of
 from data_prep.tables.table import Place, Table
 from silkie_jax.corpus.reader import read_manifest
 from silkie_jax.corpus.schema import Record, Response
@@ -67,6 +67,24 @@ Parser = Callable[[dict[str, Any]], Draft]
 """Turns a row's fields into a draft, or raises `Rejected`."""
 
 
+class ImportOptions(TypedDict, total=False):
+    """How rows of any kind are imported.
+
+    Attributes:
+        shards: number of files; about one for each 1,000 rows by default.
+        workers: threads; as many as there are processors by default.
+        progress: whether to show progress on stderr; true by default.
+        max_pixels: limit on an image's width x height; `MAX_PIXELS` by default.
+        max_image_bytes: limit on the size of an image file; `MAX_BYTES` by default.
+    """
+
+    shards: int | None
+    workers: int | None
+    progress: bool
+    max_pixels: int
+    max_image_bytes: int
+
+
 class _Accepted(NamedTuple):
     """A usable row: where it lies, which it is, the id of its record, and a hash of all that the record will hold."""
 
@@ -95,14 +113,14 @@ def run_import(
     parse: Parser,
     name: str,
     identical_rows: Literal["leave out", "keep"],
+    scale: Scale | None = None,
     shards: int | None = None,
     workers: int | None = None,
     progress: bool = True,
     max_pixels: int = MAX_PIXELS,
     max_image_bytes: int = MAX_BYTES,
-    scale: Scale | None = None,
 ) -> Summary:
-    """Imports rows into a corpus; see the module for how, and `import_vlfeedback` for the arguments.
+    """Imports rows into a corpus; see the module for how, `import_vlfeedback` and `ImportOptions` for the rest.
 
     Args:
         parse: what makes a row a draft.
@@ -134,18 +152,12 @@ def _finish(
     builder: CorpusBuilder, rows: Table, plan: _Plan, entries: list[Entry], key: str, scale: Scale | None
 ) -> Summary:
     """Sums up the shards and completes the corpus."""
-    in_shards = [Rejection(**fields) for entry in entries for fields in entry.notes["rejections"]]
-    rejections = sorted(plan.rejections + in_shards)
+    rejections = sorted(plan.rejections + rejections_of(entries))
     if not any(entry.shard.records for entry in entries):
         raise nothing_usable(rows.path, rejections)
-    summary = _sum_up(plan, entries, rejections)
     aspects = list(dict.fromkeys(aspect for entry in entries for aspect in entry.notes["aspects"]))
-    files = {
-        "rejected.jsonl": (rejection.to_json() + "\n" for rejection in rejections),
-        "summary.json": [summary.to_json()],
-    }
-    builder.finish(entries, files, {"aspects": aspects, "input": key, "scales": dict.fromkeys(aspects, scale)})
-    return summary
+    facts = {"aspects": aspects, "input": key, "scales": dict.fromkeys(aspects, scale)}
+    return finish(builder, entries, rejections, facts, rows=plan.rows, renamed=plan.renamed)
 
 
 def _scan(rows: Table, store: Images, parse: Parser, identical_rows: str, progress: bool) -> _Plan:
@@ -296,33 +308,6 @@ def finished_before(dst: Path, key: str) -> Summary:
         )
     shutil.rmtree(dst / BUILDING, ignore_errors=True)  # a run killed right after the manifest leaves it behind
     return Summary.from_json((dst / "summary.json").read_text(encoding="utf-8"))
-
-
-def _sum_up(plan: _Plan, entries: list[Entry], rejections: list[Rejection]) -> Summary:
-    counts: Counter[str] = Counter()
-    pair_counts: Counter[str] = Counter()
-    for entry in entries:
-        counts.update(entry.notes["counts"])
-        pair_counts.update(entry.notes["pairs"])
-    rejected = Counter(rejection.reason for rejection in rejections if rejection.what == "row")
-    duplicates = rejected + plan.renamed
-    return Summary(
-        rows=plan.rows,
-        records=sum(entry.shard.records for entry in entries),
-        images=counts["images"],
-        text_only=counts["text_only"],
-        responses=counts["responses"],
-        dropped_responses=counts["dropped_responses"],
-        ratings=counts["ratings"],
-        missing_ratings=counts["missing_ratings"],
-        ratings_off_scale=counts["ratings_off_scale"],
-        duplicate_ids_identical=duplicates["duplicate id, identical row"],
-        duplicate_ids_differing=duplicates["duplicate id, differing row"],
-        unreadable_images=rejected["unreadable image"] + rejected["image too large"],
-        refused_files=sum(rejection.what == "file" for rejection in rejections),
-        rejected=dict(sorted(rejected.items())),
-        pairs=dict(pair_counts),
-    )
 
 
 def _find(draft: Draft, store: Images) -> list[str | bytes]:

@@ -3,14 +3,13 @@
 import math
 import os
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 from data_prep.tables import fields
-from data_prep.tables.importing import Draft, run_import
+from data_prep.tables.importing import Draft, ImportOptions, run_import
 from data_prep.tables.rejections import Rejected
 from data_prep.tables.summary import Summary
 from silkie_jax.corpus.schema import Response
-from silkie_jax.image_limits import MAX_BYTES, MAX_PIXELS
 
 SCALE = (1, 5)
 ASPECTS = ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
@@ -22,12 +21,8 @@ def import_vlfeedback(
     images: str | os.PathLike[str] | None,
     dst: str | os.PathLike[str],
     *,
-    shards: int | None = None,
-    workers: int | None = None,
-    progress: bool = True,
-    max_pixels: int = MAX_PIXELS,
-    max_image_bytes: int = MAX_BYTES,
     scale: fields.Scale = SCALE,
+    **options: Unpack[ImportOptions],
 ) -> Summary:
     """Imports VLFeedback rows and their images; run the same call again to resume one that was interrupted.
 
@@ -41,12 +36,8 @@ def import_vlfeedback(
         source: a .jsonl or .parquet file, or a folder of them.
         images: a folder, zip or tar, read in place; None: beside the rows, where the rows do not carry them.
         dst: the corpus folder to make.
-        shards: number of files; about one for each 1,000 rows by default.
-        workers: threads; as many as there are processors by default.
-        progress: whether to show progress on stderr.
-        max_pixels: limit on an image's width x height.
-        max_image_bytes: limit on the size of an image file.
         scale: lowest and highest rating.
+        options: see `ImportOptions`.
 
     Returns:
         What was imported, also saved as `summary.json`. A corpus finished before from the same input is left alone.
@@ -62,12 +53,8 @@ def import_vlfeedback(
         parse=partial(parse_row, scale=scale),
         name="vlfeedback",
         identical_rows="leave out",
-        shards=shards,
-        workers=workers,
-        progress=progress,
-        max_pixels=max_pixels,
-        max_image_bytes=max_image_bytes,
         scale=scale,
+        **options,
     )
 
 

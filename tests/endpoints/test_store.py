@@ -30,14 +30,6 @@ def test_images_are_stored_once(tmp_path):
             run.image("../../etc/passwd")
 
 
-def test_a_cut_off_image_is_one_line(tmp_path):
-    with Run.create(tmp_path / "run") as run:
-        sha256 = run.add_image(picture(1))
-        run.image_path(sha256).write_bytes(picture(1)[:-1])
-        with pytest.raises(UserError, match=r"has \d+ bytes, not the \d+ that were stored: copy the run again"):
-            run.image(sha256)
-
-
 @pytest.mark.parametrize(
     "left",
     [b"", picture(0)[:30], bytes(len(picture(0))), None],
@@ -80,6 +72,14 @@ def test_an_image_of_a_transaction_that_failed_is_stored_by_the_next(tmp_path):
         run.db.execute("ROLLBACK")
         with run.transaction():
             assert run.image(run.add_image(picture(0))) == picture(0)
+
+
+def test_a_cut_off_image_is_one_line(tmp_path):
+    with Run.create(tmp_path / "run") as run:
+        sha256 = run.add_image(picture(1))
+        run.image_path(sha256).write_bytes(picture(1)[:-1])
+        with pytest.raises(UserError, match=r"has \d+ bytes, not the \d+ that were stored: copy the run again"):
+            run.image(sha256)
 
 
 def test_instructions_come_back_as_they_went_in(tmp_path):

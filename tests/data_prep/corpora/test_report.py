@@ -15,12 +15,11 @@ from data_prep.corpora.measures import Measures
 from data_prep.corpora.report import measure, remarks, write_report
 from data_prep.corpora.show import show
 from data_prep.judging.rate import rate
-from data_prep.respond import respond
 from silkie_jax.corpus import CorpusReader, Record, Response
 from silkie_jax.corpus.shards import CorpusBuilder
 from silkie_jax.errors import UserError
 from tests.data_prep.rated import fill, quality, text_reply
-from tests.data_prep.runs import QUIET, make_run, picture, write_judge, write_pool
+from tests.data_prep.runs import QUIET, make_answered, picture, write_judge
 from tests.endpoints.server import Script, Server
 
 QUIETLY = {"progress": False, "workers": 1}
@@ -48,8 +47,7 @@ def judged(tmp_path_factory):
     corpora = {}
     with Server(Script(bias=2)) as server:
         for orders in (1, 4):
-            run = make_run(folder / f"run-{orders}", 48)
-            respond(run, write_pool(folder / "pool", server.url), QUIET)
+            run = make_answered(folder / f"run-{orders}", 48, server.url)
             rate(run, [write_judge(folder / "judge", server.url, {"orders": orders})], QUIET)
             build(run, folder / f"corpus-{orders}", **QUIETLY)
             corpora[orders] = measure(CorpusReader(folder / f"corpus-{orders}"), run=run)
