@@ -7,6 +7,7 @@ import random
 from dataclasses import asdict, dataclass
 
 from data_prep.run import RESPOND, Instruction, Run
+from silkie_jax.corpus.schema import MOST_RESPONSES
 from silkie_jax.endpoints import outcomes
 from silkie_jax.endpoints.agents import Agent, check_agent, check_same
 from silkie_jax.endpoints.attempts import Request, Verdict, new_request
@@ -51,6 +52,10 @@ def load_pool(path: str | os.PathLike[str]) -> Pool:
     need(
         1 <= pool.models_per_instruction <= len(pool.models),
         f"models_per_instruction is {pool.models_per_instruction}, but there are {len(pool.models)} models",
+    )
+    need(
+        pool.models_per_instruction <= MOST_RESPONSES,
+        f"models_per_instruction is {pool.models_per_instruction}; training compares at most {MOST_RESPONSES}",
     )
     for name, agent in pool.models.items():
         check_agent(agent, path, f"models.{name}.")

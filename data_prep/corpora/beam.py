@@ -1,7 +1,8 @@
 """Building shards on Apache Beam (the `beam` extra): one element a shard, each made by the very function that one
 machine uses, so that the bytes are the same.
 
-Every worker must see the run and the corpus at the same paths, as on a shared file system.
+Every worker must see the run's folder and the corpus at the same paths, as on a shared file system. Of the run workers
+read the images alone: what its database holds they take from a snapshot, which is made first and lies with the corpus.
 """
 
 from data_prep.corpora.job import BuildJob

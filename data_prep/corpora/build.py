@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
@@ -33,8 +33,9 @@ from data_prep.tables.importing import finished_before
 from data_prep.tables.summary import Summary, finish, rejections_of
 from silkie_jax.corpus.reader import IndexRow
 from silkie_jax.corpus.schema import codec
-from silkie_jax.corpus.shards import MANIFEST, CorpusBuilder, Entry
+from silkie_jax.corpus.shards import BUILDING, MANIFEST, CorpusBuilder, Entry
 from silkie_jax.corpus.splits import split
+from silkie_jax.endpoints.store import DATABASE
 from silkie_jax.errors import UserError
 from silkie_jax.yaml_files import make
 
@@ -133,6 +134,10 @@ def _build_one(job: BuildJob, side: _Side) -> Summary:
         if side.runner == "beam":
             from data_prep.corpora.beam import run_on_beam
 
+            snapshot = Path(job.dst) / BUILDING / DATABASE  # goes when the corpus is finished
+            with Run.open(job.run) as run:
+                run.snapshot(snapshot)
+            job = replace(job, snapshot=str(snapshot))
             run_on_beam(job, side.beam_options)
             entries = [job.make(number) for number in range(job.shards)]  # as Beam's workers left them
         else:

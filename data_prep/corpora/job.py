@@ -30,6 +30,7 @@ class BuildJob:
         total: instructions of the run.
         rubrics: judge -> rubric as a mapping; replies of other judges do not count.
         excluded: numbers of instructions that belong to another corpus.
+        snapshot: of the run's database, where it cannot be read itself: by other hosts (see `RunStore.snapshot`).
     """
 
     run: str
@@ -39,6 +40,7 @@ class BuildJob:
     total: int
     rubrics: dict[str, dict[str, Any]]
     excluded: frozenset[int] = frozenset()
+    snapshot: str | None = None
 
     @property
     def settings(self) -> str:
@@ -47,7 +49,7 @@ class BuildJob:
     def make(self, number: int) -> Entry:
         """Makes a shard, unless an earlier run did."""
         builder = CorpusBuilder(self.dst, self.name, self.shards)
-        with Run.open(self.run) as run:
+        with Run.open(self.run, snapshot=self.snapshot) as run:
             if builder.has_entry(number) and (entry := builder.finished(number, self.key(run, number))):
                 return entry
             notes: dict[str, Any] = {}

@@ -3,17 +3,19 @@
 A batch moves through states that are written down before and after each step: `composed` (its lines are recorded as
 attempts, its file lies in RUN/batches), `uploaded`, `submitted`, then `collected` or `failed`. So another process, or
 another day, goes on where this one ended. A batch whose submission was not confirmed is looked for at the server by
-its name before it is submitted again, so that it is never paid twice.
+its name before it is submitted again, so that it is never paid twice. One that the server does not know (any more) is
+`missing`: with another key it may be there yet, so the user is told, and the next command sends its requests again.
 """
 
 import asyncio
-import json
+import math
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import httpx2
 import openai
@@ -32,12 +34,20 @@ from silkie_jax.endpoints.attempts import (
     open_requests,
     stopped_by,
 )
-from silkie_jax.endpoints.budget import Expectation, estimate
+from silkie_jax.endpoints.batch_files import (
+    URL,
+    RemoteBatch,
+    abandon,
+    at_risk,
+    make_line,
+    read_line,
+    unfinished,
+)
+from silkie_jax.endpoints.budget import Expectation, estimate, open_sizes
 from silkie_jax.endpoints.client import Client
 from silkie_jax.endpoints.journal import Statement
 from silkie_jax.endpoints.limits import FIRST_WAIT
 from silkie_jax.endpoints.outcomes import EndpointReply
-from silkie_jax.endpoints.store import RunStore
 from silkie_jax.errors import UserError
 
 T = TypeVar("T")
@@ -45,18 +55,9 @@ _ENDED = ("completed", "failed", "expired", "cancelled")
 _UPLOAD_SECONDS = 3600.0
 _LINES_AT_ONCE = 200  # replies to a commit
 _TOO_MUCH = "token_limit_exceeded"  # more tokens enqueued than the account may have
-
-
-@dataclass
-class RemoteBatch:
-    """A row of `batches` that is not done with."""
-
-    id: int
-    name: str
-    state: str
-    lines: int
-    file_id: str | None
-    batch_id: str | None
+_FIRST = 0.02  # of what is left of a budget: what all agents' first files may cost by bounds that no bill confirms
+_TIMES = 10  # their bounds are set aside until the bill is in
+_CONFIRMED = 10  # replies of an agent after which it needs no small file first
 
 
 async def run_batches(work: StageWork, agents: dict[str, Agent], clients: dict[str, Client], poll: float) -> None:
@@ -65,34 +66,14 @@ async def run_batches(work: StageWork, agents: dict[str, Agent], clients: dict[s
     folder.mkdir(exist_ok=True)
     for leftover in (*folder.glob("*.tmp"), *folder.glob("*.out")):  # of a process that was killed
         leftover.unlink()
-    await asyncio.gather(*(BatchLane(work, name, agents[name], clients[name], poll).run() for name in agents))
-
-
-def release_unsent(run: RunStore, stage: str, names: Iterable[str]) -> None:
-    """Takes requests out of files that never left this machine, so that they can be sent in another way."""
-    for name in names:
-        rows = run.db.execute(
-            "SELECT id, name FROM batches WHERE stage = ? AND agent = ? AND state = 'composed'", (stage, name)
-        ).fetchall()
-        for number, file in rows:
-            for sql, values in _abandon(number, "never sent", outcomes.LOST):
-                run.db.execute(sql, values)
-            (run.path / "batches" / f"{file}.jsonl").unlink(missing_ok=True)
-
-
-def _abandon(batch: int, why: str, outcome: str) -> list[Statement]:
-    """The statements for a batch that was not worked on: it cost nothing, and its requests are open again."""
-    end = "UPDATE attempts SET outcome = ?, error = ?, finished = ?, at_risk = 0 WHERE batch = ? AND outcome IS NULL"
-    return [
-        (end, (outcome, outcomes.one_line(why), time.time(), batch)),
-        ("UPDATE batches SET state = 'failed', error = ? WHERE id = ?", (outcomes.one_line(why), batch)),
-    ]
+    first = _FIRST / max(1, len(agents))
+    await asyncio.gather(*(BatchLane(work, name, agents[name], clients[name], poll, first).run() for name in agents))
 
 
 class BatchLane:
     """All batches of one agent in one stage."""
 
-    def __init__(self, work: StageWork, name: str, agent: Agent, client: Client, poll: float):
+    def __init__(self, work: StageWork, name: str, agent: Agent, client: Client, poll: float, first: float):
         self.work = work
         self.name = name
         self.agent = agent
@@ -100,7 +81,15 @@ class BatchLane:
         self.poll = poll
         self.folder = work.run.path / "batches"
         self.share = 1.0  # of the largest file, where the server takes less at once
+        self.first = first  # of what is left of the budget, for a file without confirmed bounds
+        self._held = 0.0  # USD that are set aside beyond its bounds
         self.expectation = Expectation.of(work.run.db, work.stage, name, agent)
+        self._confirmed = self.expectation.replies >= _CONFIRMED
+
+    @property
+    def _on_trial(self) -> bool:
+        """Whether a small file comes first: a large one could cost many times its bounds before anybody knew."""
+        return self.work.budget.limit is not None and self.agent.cost(1, 1) > 0 and not self._confirmed
 
     def to_come(self) -> float | None:
         """USD expected for what has no answer yet; None where the price is unknown."""
@@ -110,8 +99,10 @@ class BatchLane:
     async def run(self) -> None:
         self.work.progress.to_come[self.name] = self.to_come
         try:
-            for batch in self._unfinished():
-                if batch.state != "submitted":
+            begun = self._unfinished()
+            self._hold(sum(at_risk(self.work.run.db, batch) for batch in begun))
+            for batch in begun:
+                if batch.state in ("composed", "uploaded"):
                     await self._submit(batch, first=False)
             while not self.work.stop:
                 await self._compose_all()
@@ -128,12 +119,18 @@ class BatchLane:
             self.work.stop.set(error)
 
     def _unfinished(self) -> list[RemoteBatch]:
-        rows = self.work.run.db.execute(
-            "SELECT id, name, state, lines, file_id, batch_id FROM batches WHERE stage = ? AND agent = ? "
-            "AND state IN ('composed', 'uploaded', 'submitted') ORDER BY id",
-            (self.work.stage, self.name),
-        )
-        return [RemoteBatch(*row) for row in rows]
+        return unfinished(self.work.run.db, self.work.stage, self.name)
+
+    def _hold(self, bound: float) -> None:
+        """Sets aside what a file on trial may cost beyond its bound, lest other agents spend it meanwhile."""
+        if self._on_trial:
+            held = min((_TIMES - 1) * bound, max(self.work.budget.left, 0.0))
+            self._held += held
+            self.work.budget.reserved += held
+
+    def _release(self) -> None:
+        self.work.budget.settle(self._held, 0.0)
+        self._held = 0.0
 
     def _file(self, batch: RemoteBatch, suffix: str = ".jsonl") -> Path:
         return self.folder / (batch.name + suffix)
@@ -142,13 +139,25 @@ class BatchLane:
 
     async def _compose_all(self) -> None:
         """Files for all open requests, as far as the budget goes; each is submitted before the next is composed."""
-        requests = self._open()
+        requests: Iterator[Request] = islice(self._open(), 0, None, self._step())
         held: list[Request] = []  # the one that did not fit the last file
         while not self.work.stop:
+            if self._on_trial and self._unfinished():
+                return  # its bill comes first
             batch = await self._compose(requests, held)
             if batch is None:
                 return
             await self._submit(batch, first=True)
+
+    def _step(self) -> int:
+        """1; on trial, how far apart the requests of a file are taken, so that they stand for all of them."""
+        most_usd = self.first * self.work.budget.left
+        if not self._on_trial or most_usd <= 0:
+            return 1
+        count, text, images = open_sizes(self.work.run.db, self.work.stage, self.name)
+        tokens_in, tokens_out = self.expectation.bound(text + count, images)
+        every = self.agent.cost(tokens_in, count * tokens_out, batch=True)
+        return max(1, min(count, math.ceil(every / most_usd)))
 
     def _open(self) -> Iterator[Request]:
         """Open requests that are in no batch, read page by page."""
@@ -165,25 +174,27 @@ class BatchLane:
         most_bytes = self.agent.batch_bytes * self.share
         batch = RemoteBatch(number, f"{self.work.run.settings('run id')}-{number}", "composed", 0, None, None)
         statements: list[Statement] = []
+        most_usd = self.first * budget.left if self._on_trial else math.inf
         size, reserved, out_of_money = 0, 0.0, False
         temporary = self._file(batch, ".tmp")
         with open(temporary, "wb") as file:
             while batch.lines < most_lines and (request := held.pop() if held else next(requests, None)):
                 bound = self.expectation.bound(request.text_bytes, request.image_tokens)
                 most = self.agent.cost(*bound, batch=True)
-                if not budget.fits(reserved + most):
+                if not budget.fits(most):
                     out_of_money = True
                     break
+                if batch.lines and reserved + most > most_usd:
+                    break
                 attempt = self.work.ids()
-                head = json.dumps({"custom_id": f"attempt-{attempt}", "method": "POST", "url": "/v1/chat/completions"})
-                body = self.work.wire.body(request.body)
-                line = head[:-1].encode() + b', "body": ' + body + b"}\n"
+                line = make_line(attempt, self.work.wire.body(request.body))
                 if size + len(line) > most_bytes and batch.lines:
                     held.append(request)
                     break
                 file.write(line)
                 size += len(line)
                 reserved += most
+                budget.settle(0.0, most)  # until the bill is in; at once, since other agents compose theirs meanwhile
                 batch.lines += 1
                 statements.append(begin_attempt(attempt, request.id, most, number))
                 if batch.lines % 100 == 0:
@@ -195,8 +206,8 @@ class BatchLane:
             if out_of_money and not self._waiting():
                 self.work.stop.set(budget_reached(budget))
             return None
-        budget.settle(0.0, reserved)  # until the bill is in
         os.replace(temporary, self._file(batch))
+        self._hold(reserved)
         row = (batch.id, self.work.stage, self.name, batch.state, now, batch.lines, batch.name)
         insert = "INSERT INTO batches (id, stage, agent, state, created, lines, name) VALUES (?, ?, ?, ?, ?, ?, ?)"
         await self.work.journal.write((insert, row), *statements)
@@ -204,8 +215,7 @@ class BatchLane:
 
     def _waiting(self) -> bool:
         """Whether any batch of the run may still turn out cheaper than its bound."""
-        states = "('composed', 'uploaded', 'submitted')"
-        return bool(self.work.run.db.execute(f"SELECT 1 FROM batches WHERE state IN {states} LIMIT 1").fetchone())
+        return bool(unfinished(self.work.run.db))
 
     # Talking to the server
 
@@ -233,7 +243,7 @@ class BatchLane:
                 try:
                     known = await api.batches.create(
                         input_file_id=batch.file_id or "",
-                        endpoint="/v1/chat/completions",
+                        endpoint=URL,
                         completion_window="24h",
                         metadata={"silkie_batch": batch.name},
                     )
@@ -260,13 +270,20 @@ class BatchLane:
 
     async def _look(self, batch: RemoteBatch) -> None:
         """Collects a batch that has ended; otherwise says how far it is."""
-        if batch.state != "submitted":
+        if batch.state in ("composed", "uploaded"):
             await self._submit(batch, first=False)
-        found = await self._call(lambda: self.client.api.batches.retrieve(batch.batch_id or ""))
+        found = await self._call(lambda: self.client.api.batches.retrieve(batch.batch_id or ""), absent=True)
+        if found is None and (found := await self._call(lambda: self._find(batch))) is None:
+            await self._miss(batch)
+            return
         counts = found.request_counts
         if found.status not in _ENDED:
+            if batch.state == "missing":
+                batch.state = "submitted"
+                await self._save(batch)
             done = f" {counts.completed}/{counts.total}" if counts else ""
-            self.work.progress.note = f"batch {batch.batch_id} {found.status}{done}"
+            first = ", a small one whose bill comes first" if self._on_trial else ""
+            self.work.progress.note = f"batch {batch.batch_id} {found.status}{done}{first}"
             self.work.progress.refresh()
             return
         if found.status == "failed":
@@ -289,8 +306,37 @@ class BatchLane:
                 )
             )
 
-    async def _call(self, what: Callable[[], Awaitable[T]]) -> T:
-        """Calls the server, again after errors that pass.
+    async def _miss(self, batch: RemoteBatch) -> None:
+        """The server does not know a batch, or the file with its replies: says so, and the next time gives it up."""
+        count = self.work.run.db.execute(
+            "SELECT count(*) FROM attempts WHERE batch = ? AND outcome IS NULL", (batch.id,)
+        ).fetchone()[0]
+        if batch.state == "missing":
+            self.work.progress.say(
+                f"{self.name}: batch {batch.batch_id} is still not there: its {count} requests are open again, and "
+                "what they may have cost stays counted"
+            )
+            self._release()
+            await self.work.journal.write(
+                *abandon(batch.id, "its endpoint does not know the batch any more", outcomes.LOST, billed=True)
+            )
+            return
+        batch.state = "missing"
+        await self._save(batch)
+        self.work.stop.set(
+            UserError(
+                f"{self.name}: its endpoint does not know batch {batch.batch_id}, or has deleted its replies: check "
+                "that key and base_url are those that made it; if they are, run the same command again, and its "
+                f"{count} requests are sent again"
+            )
+        )
+
+    @overload
+    async def _call(self, what: Callable[[], Awaitable[T]]) -> T: ...
+    @overload
+    async def _call(self, what: Callable[[], Awaitable[T]], absent: Literal[True]) -> T | None: ...
+    async def _call(self, what: Callable[[], Awaitable[T]], absent: bool = False) -> T | None:
+        """Calls the server, again after errors that pass; with `absent`, None for what it does not have.
 
         Raises:
             _Stopped: the run stops; for errors that do not pass, for a reason set here.
@@ -304,6 +350,8 @@ class BatchLane:
                 cause = error.__cause__ or error
                 words = outcomes.one_line(self.client.scrub.error(f"{type(cause).__name__}: {cause}"))
                 reply = EndpointReply(outcomes.CONNECTION, error=words)
+            if absent and reply.status in (404, 410):
+                return None
             if reply.outcome == outcomes.NOT_FOUND:
                 self.work.stop.set(
                     UserError(
@@ -330,8 +378,8 @@ class BatchLane:
     async def _collect(self, batch: RemoteBatch, file_ids: list[str]) -> None:
         """Stores all lines of a batch; what has no line is asked for again. Doing it twice does no harm."""
         waiting: dict[int, tuple[Request, float]] = {
-            attempt: (Request(*row), at_risk)
-            for attempt, at_risk, *row in self.work.run.db.execute(
+            attempt: (Request(*row), bound)
+            for attempt, bound, *row in self.work.run.db.execute(
                 "SELECT a.id, a.at_risk, r.id, r.instruction, r.slot, r.arrangement, '', r.text_bytes, r.image_tokens "
                 "FROM attempts a JOIN requests r ON r.id = a.request WHERE a.batch = ? AND a.outcome IS NULL",
                 (batch.id,),
@@ -340,29 +388,34 @@ class BatchLane:
         statements: list[Statement] = []
         for file_id in file_ids:
             file = self._file(batch, ".out")
-            await self._call(lambda file_id=file_id, file=file: self._download(file_id, file))  # type: ignore[misc]
+            if not await self._call(partial(self._download, file_id, file), absent=True):
+                await self.work.journal.write(*statements)
+                await self._miss(batch)
+                return
             with open(file, "rb") as lines:
                 for line in lines:
-                    attempt, reply = _read_line(line, self.client)
+                    attempt, reply = read_line(line, self.client.scrub)
                     if attempt in waiting:
                         statements += self._settle(attempt, *waiting.pop(attempt), reply)
                     if len(statements) >= _LINES_AT_ONCE:
                         await self.work.journal.write(*statements)
                         statements = []
             file.unlink()
-        for attempt, (request, at_risk) in waiting.items():
+        for attempt, (request, bound) in waiting.items():
             reply = EndpointReply(outcomes.EXPIRED, error="the batch ended without an answer to this line")
-            statements += self._settle(attempt, request, at_risk, reply)
+            statements += self._settle(attempt, request, bound, reply)
+        self._release()
         batch.state = "collected"
         await self.work.journal.write(*statements)
         await self._save(batch)
 
-    async def _download(self, file_id: str, file: Path) -> None:
+    async def _download(self, file_id: str, file: Path) -> bool:
         slow = self.client.api.with_options(timeout=_UPLOAD_SECONDS)
         async with slow.files.with_streaming_response.content(file_id) as response:
             with open(file, "wb") as out:
                 async for data in response.iter_bytes():
                     out.write(data)
+        return True
 
     def _settle(self, attempt: int, request: Request, bound: float, reply: EndpointReply) -> list[Statement]:
         """The statements for one line, and what it means for budget and progress."""
@@ -372,6 +425,7 @@ class BatchLane:
         self.work.progress.attempt(verdict.outcome, cost + at_risk)
         if reply.input_tokens is not None and reply.output_tokens is not None:
             self.expectation.observe(request.text_bytes, request.image_tokens, reply.input_tokens, reply.output_tokens)
+        self._confirmed |= reply.status == 200
         statements = [end_attempt(attempt, verdict.outcome, reply, cost, at_risk), *verdict.also]
         if verdict.state != "again":
             statements.append(end_request(request.id, verdict.state, attempt))
@@ -395,33 +449,11 @@ class BatchLane:
         return self.work.review(self.name, request, reply, before + 1)
 
     async def _abandon(self, batch: RemoteBatch, why: str, outcome: str) -> None:
-        freed = self.work.run.db.execute(
-            "SELECT coalesce(sum(at_risk), 0) FROM attempts WHERE batch = ? AND outcome IS NULL", (batch.id,)
-        ).fetchone()[0]
-        self.work.budget.settle(0.0, -freed)
-        await self.work.journal.write(*_abandon(batch.id, why, outcome))
+        self.work.budget.settle(0.0, -at_risk(self.work.run.db, batch))
+        self._release()
+        await self.work.journal.write(*abandon(batch.id, why, outcome))
         self._file(batch).unlink(missing_ok=True)
 
 
 class _Stopped(Exception):
     """Leaves an agent's batches as they are: the run stops."""
-
-
-def _read_line(line: bytes, client: Client) -> tuple[int, EndpointReply]:
-    """A line of an output or error file: the attempt that it answers (0: none of ours) and the reply."""
-    try:
-        entry = json.loads(line)
-        attempt = int(entry["custom_id"].removeprefix("attempt-"))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return 0, EndpointReply(outcomes.MALFORMED)
-    try:
-        response, error = entry.get("response"), entry.get("error") or {}
-        if response and response.get("body") is not None:
-            raw = json.dumps(response["body"], ensure_ascii=True, separators=(",", ":"))
-            status = int(response["status_code"])
-            return attempt, outcomes.read(status, client.scrub.error(raw) if status >= 400 else client.scrub(raw))
-        words = outcomes.one_line(client.scrub.error(f"{error.get('code')}: {error.get('message')}"))
-        outcome = outcomes.EXPIRED if error.get("code") == "batch_expired" else outcomes.SERVER_ERROR
-        return attempt, EndpointReply(outcome, error=words)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return attempt, EndpointReply(outcomes.MALFORMED, error="the line is malformed", may_be_billed=True)

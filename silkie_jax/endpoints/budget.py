@@ -2,11 +2,13 @@
 
 A request is sent only when its upper bound fits beside everything billed so far and the bounds of everything in flight.
 The bound counts every byte of text as a token, every image by the agent's rule, and the reply as long as allowed; if
-a server ever bills more, that ratio is learned and applied to all further bounds. What a server may have billed
-without saying so (a time-out, a kill) stays counted at its bound.
+a server ever bills more, that ratio is learned and applied to all further bounds. So an agent whose bills are not known
+is first sent little: live one request, in a batch as much as would be bearable at many times its bound. What a server
+may have billed without saying so (a time-out, a kill) stays counted at its bound.
 """
 
 import asyncio
+import math
 import re
 import sqlite3
 from dataclasses import dataclass
@@ -57,8 +59,13 @@ class Budget:
             await self._changed.wait()
         self.reserved += most
 
+    @property
+    def left(self) -> float:
+        """USD that are neither spent nor set aside."""
+        return math.inf if self.limit is None else self.limit - self.spent - self.reserved
+
     def fits(self, most: float) -> bool:
-        return self.limit is None or self.spent + self.reserved + most <= self.limit + 1e-12
+        return most <= self.left + 1e-12
 
     def settle(self, reserved: float, cost: float) -> None:
         """Replaces what was set aside by what was spent."""
@@ -128,15 +135,20 @@ class Estimate:
     cost: float | None
 
 
+def open_sizes(db: sqlite3.Connection, stage: str, agent: str) -> tuple[int, int, int]:
+    """How many requests of an agent are open, and the sums of their text's bytes and images' tokens."""
+    return db.execute(
+        "SELECT count(*), coalesce(sum(text_bytes), 0), coalesce(sum(image_tokens), 0) FROM requests "
+        "WHERE stage = ? AND agent = ? AND state = 'open'",
+        (stage, agent),
+    ).fetchone()
+
+
 def estimate(db: sqlite3.Connection, stage: str, agents: dict[str, Agent], batch: bool) -> list[Estimate]:
     """For every agent, what its open requests are expected to take."""
     table = []
     for name, agent in agents.items():
-        requests, text, images = db.execute(
-            "SELECT count(*), coalesce(sum(text_bytes), 0), coalesce(sum(image_tokens), 0) FROM requests "
-            "WHERE stage = ? AND agent = ? AND state IN ('open', 'postponed')",
-            (stage, name),
-        ).fetchone()
+        requests, text, images = open_sizes(db, stage, name)
         tokens = Expectation.of(db, stage, name, agent).expected(requests, text, images)
         cost = 0.0 if agent.free else None if agent.price is None else agent.cost(*tokens, batch=batch)
         table.append(Estimate(name, requests, *tokens, cost))

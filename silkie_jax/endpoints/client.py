@@ -1,9 +1,12 @@
 """One agent's endpoint by the `openai` client: bytes out, a typed reply back. One call is one attempt."""
 
 import asyncio
+import ipaddress
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import httpx2
 import openai
@@ -39,11 +42,15 @@ class Client:
         self.agent = agent
         self.timeout = agent.timeout if base_url is None else _LOCAL_SECONDS
         self.scrub = Scrubber([key])
+        base_url = base_url or agent.base_url
+        host = urlsplit(base_url).hostname or ""
         self.api = openai.AsyncOpenAI(
             api_key=key or _NO_KEY,
-            base_url=base_url or agent.base_url,
+            base_url=base_url,
             timeout=self.timeout,
             max_retries=0,
+            default_headers=None if _is_openai(host) else dict.fromkeys(_headers_for_openai(), openai.Omit()),  # type: ignore[arg-type]
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=False) if _is_this_machine(host) else None,
         )
 
     async def __aenter__(self) -> "Client":
@@ -74,3 +81,22 @@ class Client:
             sent = not isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout)
             return Answer(EndpointReply(outcomes.CONNECTION, error=words, may_be_billed=sent), {})
         return Answer(outcomes.read(response.status_code, self.scrub(response.text)), response.headers)
+
+
+def _is_this_machine(host: str) -> bool:
+    """Whether a host needs no proxy, whatever the environment names: no proxy could reach it."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
+
+
+def _is_openai(host: str) -> bool:
+    return host == "openai.com" or host.endswith(".openai.com")
+
+
+def _headers_for_openai() -> list[str]:
+    """Headers that the `openai` client adds from the environment: they identify the user, to OpenAI and nobody else."""
+    lines = os.environ.get("OPENAI_CUSTOM_HEADERS", "").splitlines()
+    return ["OpenAI-Organization", "OpenAI-Project", *(line.partition(":")[0].strip() for line in lines if ":" in line)]

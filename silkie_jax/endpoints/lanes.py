@@ -23,7 +23,7 @@ from silkie_jax.endpoints.attempts import (
     open_requests,
     stopped_by,
 )
-from silkie_jax.endpoints.budget import BudgetReached, Expectation
+from silkie_jax.endpoints.budget import BudgetReached, Expectation, open_sizes
 from silkie_jax.endpoints.client import Client
 from silkie_jax.endpoints.limits import FIRST_WAIT, Limiter
 from silkie_jax.endpoints.outcomes import EndpointReply
@@ -45,11 +45,7 @@ class Lane:
         self.limiter = Limiter(agent.concurrency, agent.requests_per_minute, agent.tokens_per_minute)
         # The first request goes alone: a wrong key or model is found out by one, and a first bill known before others.
         self.limiter.width = 1.0
-        self.open, self.text_bytes, self.image_tokens = work.run.db.execute(
-            "SELECT count(*), coalesce(sum(text_bytes), 0), coalesce(sum(image_tokens), 0) FROM requests "
-            "WHERE stage = ? AND agent = ? AND state = 'open'",
-            (work.stage, name),
-        ).fetchone()
+        self.open, self.text_bytes, self.image_tokens = open_sizes(work.run.db, work.stage, name)
         self._page: list[Request] = []
         self._last = 0
         self._answers = 0

@@ -26,7 +26,9 @@ PASSING = frozenset((EMPTY, MALFORMED, SERVER_ERROR, TIMEOUT, CONNECTION, EXPIRE
 STOPPING = frozenset((QUOTA, UNAUTHORIZED, NOT_FOUND))
 
 _QUOTA_CODES = frozenset(("insufficient_quota", "billing_hard_limit_reached", "billing_not_active"))
-_FILTER_CODES = frozenset(("content_filter", "content_policy_violation", "responsible_ai_policy_violation"))
+_FILTER_CODES = frozenset(
+    ("content_filter", "content_policy_violation", "responsible_ai_policy_violation", "responsibleaipolicyviolation")
+)
 _MAYBE_BILLED = frozenset((408, 499, 502, 504, 524))  # of error statuses: a proxy gave up, the model may have worked
 _LONGEST_ERROR = 1000
 
@@ -134,10 +136,10 @@ def _error(status: int, raw: str, body: Any) -> EndpointReply:
         outcome = QUOTA
     elif status == 429:
         outcome = RATE_LIMITED
+    elif codes & _FILTER_CODES:  # whatever the status: some servers forbid (403) the one request
+        outcome = CONTENT_FILTER
     elif status in (401, 403):
         outcome = UNAUTHORIZED
-    elif codes & _FILTER_CODES:
-        outcome = CONTENT_FILTER
     elif status == 404:
         outcome = NOT_FOUND
     elif status >= 500 or status in (408, 409, 425, 499):

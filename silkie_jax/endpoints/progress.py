@@ -1,5 +1,6 @@
 """One line on stderr: how far a stage is, what it has cost and will cost, and what went wrong."""
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -70,6 +71,10 @@ class Progress:
             *([self.note] if self.note else []),
         ]
         self._bar.set_postfix_str(", ".join(parts))
+
+    def say(self, line: str) -> None:
+        """A line of its own, which stays."""
+        self._bar.write(line, file=sys.stderr)
 
     def close(self) -> None:
         """Leaves the line as it is."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from silkie_jax.endpoints.agents import Agent, read_key
 from silkie_jax.endpoints.attempts import Ids, Review, StageWork, mark_lost
-from silkie_jax.endpoints.batches import release_unsent, run_batches
+from silkie_jax.endpoints.batch_files import release_unsent
+from silkie_jax.endpoints.batches import run_batches
 from silkie_jax.endpoints.budget import Budget, Estimate, check_prices, estimate, usd
 from silkie_jax.endpoints.client import Client
 from silkie_jax.endpoints.journal import Journal
@@ -117,10 +118,10 @@ def run_stage(
     try:
         with run.transaction():
             plan()
+            run.db.execute("UPDATE requests SET state = 'open' WHERE stage = ? AND state = 'postponed'", (stage,))
             estimates = estimate(run.db, stage, agents, options.batch)
             if options.dry_run:
                 raise _DryRun
-            run.db.execute("UPDATE requests SET state = 'open' WHERE stage = ? AND state = 'postponed'", (stage,))
     except _DryRun:
         return StageResult(estimates, spent, spent, {}, {})
     attempts: Counter[str] = asyncio.run(_send(run, stage, agents, keys, review, options, spent))

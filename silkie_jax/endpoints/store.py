@@ -8,13 +8,13 @@ Nothing that cost money is ever changed or removed: an attempt is written when i
 reply is in, and everything else (ratings, records, reports) is derived from these rows, as often as one likes.
 """
 
-import fcntl
 import hashlib
 import io
 import json
 import os
 import secrets
 import sqlite3
+import urllib.parse
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +25,10 @@ from typing import Any, ClassVar, Self
 
 from PIL import Image
 
+from silkie_jax.durable import sync
 from silkie_jax.errors import UserError
 from silkie_jax.image_limits import STORED
+from silkie_jax.locks import lock
 
 FORMAT = 1
 DATABASE = "run.sqlite"
@@ -64,6 +66,17 @@ CREATE TABLE batches (
     lines INTEGER NOT NULL, name TEXT NOT NULL UNIQUE, file_id TEXT, batch_id TEXT, error TEXT
 );
 """
+
+_LIST_TABLES = "SELECT name FROM sqlite_master WHERE type = 'table'"
+# Of these tables a snapshot has less: no open requests, bodies or raw replies, and only attempts that decided.
+_SETTLED = {
+    "requests": "SELECT id, stage, instruction, agent, slot, arrangement, '', 0, 0, state, attempt FROM requests "
+    "WHERE state IN ('ok', 'failed')",
+    "attempts": "SELECT a.id, a.request, a.batch, started, finished, outcome, http_status, NULL, NULL, text, "
+    "finish_reason, model, input_tokens, output_tokens, cost, at_risk "
+    "FROM attempts a JOIN requests r ON r.attempt = a.id",
+    "batches": "SELECT * FROM batches WHERE 0",
+}
 
 
 @dataclass(frozen=True)
@@ -121,39 +134,40 @@ class RunStore:
             raise UserError(f"{path} holds other files and no {DATABASE}: name a new folder for the run")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            lock = open(path / "run.lock", "w")  # noqa: SIM115 (held as long as the run is open)
+            busy = f"another process is working on the run {path}: wait for it, or stop it first"
+            held = lock(path / "run.lock", busy)
         except OSError as error:
             raise UserError(f"{path}: a run cannot be made here ({error})") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise UserError(f"another process is working on the run {path}: wait for it, or stop it first") from None
-        run = cls(path, connect(path / DATABASE), lock)
+        run = cls(path, connect(path / DATABASE), held)
         with run.transaction():
             if not run.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
-                for statement in (_TABLES + cls.tables).split(";"):
-                    run.db.execute(statement)
+                run._make_tables(run.db)
                 run.save_settings("format", FORMAT)
                 run.save_settings("run id", secrets.token_hex(8))
         run._check_format()
         return run
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], write: bool = False) -> Self:
-        """Opens a run that exists, to read; with `write`, as `create` does.
+    def open(
+        cls, path: str | os.PathLike[str], write: bool = False, *, snapshot: str | os.PathLike[str] | None = None
+    ) -> Self:
+        """Opens a run that exists, to read (its folder may be read-only); with `write`, as `create` does.
+
+        Args:
+            snapshot: a file made by `snapshot`, to read in place of the run's own database.
 
         Raises:
             UserError: there is no run, or it is of another version.
         """
         path = Path(path)
+        if snapshot is not None:
+            return cls(path, connect_to_read(Path(snapshot), immutable=True))
         if not (path / DATABASE).exists():
             raise UserError(f"there is no run at {path}" + (f": make one with `{cls.made_by}`" if cls.made_by else ""))
         if write:
             return cls.create(path)
-        run = cls(path, connect(path / DATABASE))
+        run = cls(path, connect_to_read(path / DATABASE))
         run._check_format()
-        run.db.execute("PRAGMA query_only = ON")
         return run
 
     def __enter__(self) -> Self:
@@ -183,6 +197,37 @@ class RunStore:
             raise UserError(f"{self.path / DATABASE} is not a run's database ({error})") from None
         if found != FORMAT:
             raise UserError(f"{self.path} is a run of format {found}; this version reads format {FORMAT}")
+
+    @classmethod
+    def _make_tables(cls, db: sqlite3.Connection) -> None:
+        for statement in (_TABLES + cls.tables).split(";"):
+            db.execute(statement)
+
+    def snapshot(self, file: Path) -> None:
+        """Copies what came of a run: settings, images' names, the caller's tables, and the settled requests with texts
+        of the attempts that decided.
+
+        Hosts that share a disk can read the copy at once. The run's own database is for one host: part of SQLite's log
+        is memory that its users share.
+
+        Args:
+            file: is made anew.
+        """
+        file.unlink(missing_ok=True)
+        copy = sqlite3.connect(file, isolation_level=None)
+        try:
+            self._make_tables(copy)
+            tables = {name: f"SELECT * FROM {name}" for (name,) in copy.execute(_LIST_TABLES).fetchall()}
+            with self.db:
+                self.db.execute("BEGIN")  # one state of the run, whoever writes meanwhile
+                copy.execute("BEGIN")
+                for table, select in (tables | _SETTLED).items():
+                    rows = self.db.execute(select)
+                    marks = ", ".join("?" * len(rows.description))
+                    copy.executemany(f"INSERT INTO {table} VALUES ({marks})", rows)
+                copy.execute("COMMIT")
+        finally:
+            copy.close()
 
     # Configuration
 
@@ -229,7 +274,7 @@ class RunStore:
         folders = {folder for file in self._unsynced for folder in (file.parent, file.parent.parent, self.path)}
         with ThreadPoolExecutor(_SYNCS) as pool:  # waits that come together cost a file system little more than one
             for paths in (self._unsynced, folders):
-                list(pool.map(_sync, paths))
+                list(pool.map(sync, paths))
         self._unsynced.clear()
 
     def image_path(self, sha256: str) -> Path:
@@ -328,12 +373,41 @@ def connect(path: Path) -> sqlite3.Connection:
     return db
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def connect_to_read(path: Path, immutable: bool = False) -> sqlite3.Connection:
+    """A connection that changes nothing.
+
+    Where the folder can be written it takes part in SQLite's log, so that one may read while another process writes.
+    In a read-only folder the log is there already, or nobody writes.
+
+    Args:
+        immutable: nobody writes, wherever it lies: no log, no locks.
+
+    Raises:
+        UserError: it is not a database, or its last writes cannot be read where it lies.
+    """
+    log = Path(f"{path}-wal")
+    address = f"file:{urllib.parse.quote(str(path.absolute()))}"
+    if immutable:
+        address += "?immutable=1"
+    elif os.access(path.parent, os.W_OK) and os.access(path, os.W_OK):
+        address += "?mode=rw"
+    elif log.exists() and log.stat().st_size:
+        address += "?mode=ro"
+    else:
+        address += "?immutable=1"
+    db = sqlite3.connect(address, uri=True, isolation_level=None, timeout=60, check_same_thread=False)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        db.execute("PRAGMA query_only = ON")
+        db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError as error:
+        db.close()
+        raise UserError(
+            f"{path} cannot be read ({error}): copy the run, {log.name} included, to a folder that can be written"
+        ) from None
+    except sqlite3.Error as error:
+        db.close()
+        raise UserError(f"{path} is not a run's database ({error})") from None
+    return db
 
 
 def _holds(file: Path, data: bytes) -> bool:

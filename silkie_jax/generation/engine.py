@@ -3,12 +3,13 @@
 A fixed number of slots hold keys and values. A request takes a slot for each of its samples as slots become free, and
 gives it back when the sample ends; meanwhile the others go on. Its prompt is computed once for all its samples, and an
 image once for all requests that show it while its features are kept. What a request gets follows from the request alone
-(its length decides the dynamic NTK factor, its seed the draws), never from what else is in flight. Arithmetic differs
-by rounding between numbers of slots and widths, as between any two programs.
+(its length decides the dynamic NTK factor, its seed the draws), never from what else is in flight. With another
+number of slots arithmetic differs by rounding, as between any two programs.
 
 On several hosts every host runs the same requests in the same order.
 """
 
+import dataclasses
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +35,7 @@ from silkie_jax.models.qwen_vl.config import QwenVLConfig
 from silkie_jax.models.qwen_vl.language import frequencies, ntk_alpha
 from silkie_jax.models.qwen_vl.model import QwenVL, check_spans, feature_places
 from silkie_jax.nn.attention import PLAIN, Kernel
+from silkie_jax.nn.kept import Keeper
 
 _MEMORY_SHARE = 0.8  # of what the weights leave of a device's memory: for keys and values; the rest is for the programs
 _SLOTS_ON_CPU = 16
@@ -76,6 +78,7 @@ class Ticket:
     stops: tuple[tuple[int, ...], ...]
     turns: np.ndarray
     waiting: deque[int]  # samples that have no slot yet
+    number: int = -1  # in `Engine.run`
     running: int = 0
     done: int = 0
 
@@ -123,8 +126,8 @@ class Engine:
       images: how many images' features are kept.
       steps: tokens between two looks at the queue.
       top_logprobs: how many of the most probable ids are reported at each place.
-      mesh, kernel, decode_kernel: where the model lies, how prompts and images attend, and how a token attends to what
-        is kept (hardware.kernel.sound_kernel and decode_kernel).
+      mesh, kernel, keeper: where the model lies, how prompts and images attend, and how a token attends to what is kept
+        (hardware.kernel.sound_kernel and sound_keeper).
       own: take the memory of the model, which is of no use afterwards; otherwise its decoder is held twice.
 
     Raises:
@@ -142,7 +145,7 @@ class Engine:
         top_logprobs: int = 0,
         mesh: Mesh | None = None,
         kernel: Kernel = PLAIN,
-        decode_kernel: Kernel = PLAIN,
+        keeper: Keeper | None = None,
         own: bool = False,
     ):
         for name, value, least in (("context", context, 2), ("images", images, 0), ("steps", steps, 1)):
@@ -165,7 +168,7 @@ class Engine:
             top_logprobs=top_logprobs,
             mesh=mesh,
             kernel=kernel,
-            decode_kernel=decode_kernel,
+            keeper=keeper or Keeper(dataclasses.replace(kernel, name="plain")),
             own=own,
         )
         self._lanes: list[_Lane | None] = [None] * self._programs.count
@@ -174,8 +177,6 @@ class Engine:
         self._pool: OrderedDict[bytes, int] = OrderedDict()  # an image's number, the one used last at the end
         self._news: list[Event] = []
         self._lengths = _lengths(context)
-        parts = (1, 2, 4) if decode_kernel.name == "plain" else (4,)  # quarters of the context that are read
-        self._widths = sorted({min(context, -(-context * part // 512) * 128) for part in parts})
 
     @property
     def slots(self) -> int:
@@ -253,7 +254,7 @@ class Engine:
         is told the number of each request that is finished.
         """
         source = enumerate(requests)
-        numbers: dict[int, int] = {}
+        left: dict[int, int] = {}  # samples of a request that are to come
         more = True
         while True:
             while more and len(self._queue) < max(self.slots // 4, self._programs.rows):
@@ -261,17 +262,24 @@ class Engine:
                 if request is None:
                     more = False
                 else:
-                    numbers[id(self.submit(request))] = number
+                    self.submit(request).number = number
+                    left[number] = request.n
             if self.idle:
                 return
             for event in self.step():
-                if event.completion is not None:
-                    number = numbers[id(event.ticket)]
-                    yield number, event.completion
-                    if event.ticket.finished:
-                        del numbers[id(event.ticket)]
-                        if done is not None:
-                            done(number)
+                if event.completion is None:
+                    continue
+                number = event.ticket.number
+                yield number, event.completion
+                left[number] -= 1
+                if not left[number]:
+                    del left[number]
+                    if done is not None:
+                        done(number)
+
+    def forget_images(self) -> None:
+        """Empties the pool of features."""
+        self._pool.clear()
 
     # Working
 
@@ -286,9 +294,8 @@ class Engine:
             tokens = np.zeros((rows, length), np.int32)
             nowhere = np.full(rows, p.count, np.int32)
             p.prefill(tokens, np.full_like(tokens, -1), np.zeros(rows, np.int32), turns, nowhere)
-        p.fork(0, 0)
-        for width in self._widths:
-            p.decode(self._say_lanes(), eager=False, width=width)
+        p.fork(0, [])
+        p.decode(self._say_lanes(), eager=False)
         took = time.monotonic() - began
         say(f"engine: {p.count} slots of {self.context} tokens; {p.compiled} programs in {took:.1f} s")
 
@@ -300,9 +307,7 @@ class Engine:
         self.meters.prefill_seconds += middle - began
         if any(self._lanes):
             waiting = bool(self._queue) or any(ticket.waiting for ticket in self._started)
-            longest = max(lane.length for lane in self._lanes if lane is not None) + self._programs.steps
-            width = next((w for w in self._widths if w >= longest), self.context)
-            self._take(self._programs.decode(self._say_lanes(), eager=waiting, width=width))
+            self._take(self._programs.decode(self._say_lanes(), eager=waiting))
             self.meters.decode_seconds += time.perf_counter() - middle
         news, self._news = self._news, []
         return news
@@ -387,9 +392,10 @@ class Engine:
 
     def _fork(self, ticket: Ticket, source: int, free: deque[int]) -> None:
         """Starts further samples of a prompt that is in slot `source`, while slots are free."""
-        while ticket.waiting and free:
-            target = free.popleft()
-            self._programs.fork(source, target)
+        targets = [free.popleft() for _ in range(min(len(ticket.waiting), len(free)))]
+        if targets:
+            self._programs.fork(source, targets)
+        for target in targets:
             self._start(ticket, target)
         if not ticket.waiting and ticket in self._started:
             self._started.remove(ticket)

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from silkie_jax.checkpoints.weights import load_model
 from silkie_jax.generation.engine import Engine
-from silkie_jax.hardware.kernel import decode_kernel, sound_kernel
+from silkie_jax.hardware.kernel import sound_keeper, sound_kernel
 from silkie_jax.hardware.mesh import make_mesh, sharding_of
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 
@@ -36,8 +36,6 @@ def open_engine(
     mesh = make_mesh() if mesh is None else mesh
     model = load_model(path, dtype=dtype, adapter=adapter, sharding_of=partial(sharding_of, mesh))
     quiet = say if jax.process_index() == 0 else lambda line: None
-    kernels = {
-        "kernel": sound_kernel("auto", dtype, mesh, say=quiet),
-        "decode_kernel": decode_kernel(dtype, mesh, say=quiet),
-    }
-    return Engine(model, mesh=mesh, own=True, **kernels, **options), tokenizer  # type: ignore[arg-type]
+    kernel, keeper = sound_kernel("auto", dtype, mesh, say=quiet), sound_keeper(dtype, mesh, say=quiet)
+    engine = Engine(model, mesh=mesh, kernel=kernel, keeper=keeper, own=True, **options)  # type: ignore[arg-type]
+    return engine, tokenizer

@@ -2,13 +2,14 @@
 
     encode   images -> their rows in the pool of features
     prefill  a prompt but its last token -> its keys and values in a slot; one program a padded length
-    fork     one slot's keys and values -> another slot
-    decode   up to `steps` more tokens of every slot; one program a width
+    fork     one slot's keys and values -> other slots
+    decode   up to `steps` more tokens of every slot
 
 A prompt's last token is what the first step of `decode` begins with, so that prompts never meet the vocabulary in
 `prefill`, and every sample of a prompt begins alike.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,15 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
 from silkie_jax.generation.sampling import choose
-from silkie_jax.hardware.mesh import BATCH, RULES, batch_sharding, batch_shards, replicated
+from silkie_jax.hardware.mesh import batch_sharding, batch_shards, replicated
 from silkie_jax.models.qwen_vl.config import IMAGE_TOKENS
-from silkie_jax.models.qwen_vl.language import Slots, rotation
+from silkie_jax.models.qwen_vl.language import rotation
 from silkie_jax.models.qwen_vl.model import QwenVL
 from silkie_jax.nn.attention import PADDING, PROMPT, Kernel
+from silkie_jax.nn.kept import Keeper, Kept
+
+Layers = tuple[Kept, ...]
 
 STOPS = 8  # single ids that may end a slot's completion without asking the host
 
@@ -66,7 +70,7 @@ class Programs:
       images: how many images' features are kept.
       steps: the most tokens of a slot in one call of `decode`.
       top_logprobs: how many of the most probable ids are reported at each place.
-      kernel, decode_kernel: how prompts and images attend, and how a token does to what is kept.
+      kernel, keeper: how prompts and images attend, and how a token does to what is kept of its slot.
       own: the model's memory may be taken; the model is of no use afterwards.
     """
 
@@ -81,25 +85,23 @@ class Programs:
         top_logprobs: int,
         mesh: Mesh | None,
         kernel: Kernel,
-        decode_kernel: Kernel,
+        keeper: Keeper,
         own: bool,
     ):
         self.config, self.dtype = model.config, model.dtype
         self.count, self.context, self.images, self.steps, self.top = slots, context, images, steps, top_logprobs
-        self.mesh, self.kernel, self.decode_kernel = mesh, kernel, decode_kernel
+        self.mesh, self.kernel, self.keeper = mesh, kernel, keeper
         self.rows = 1 if mesh is None else batch_shards(mesh)  # prompts and images of one call
         self._graph, self._state = nnx.split(model.apart(free=own))
         c = self.config
-        shape = (slots, context, c.num_attention_heads, c.head_dim)
+        heads = c.num_attention_heads
         # Placed by name: an array that JAX placed by default would be another argument, and compile everything twice.
-        where: Sharding = SingleDeviceSharding(jax.devices()[0])
-        everywhere: Sharding = SingleDeviceSharding(jax.devices()[0])
-        if mesh is not None:
-            heads = RULES["heads"] if c.num_attention_heads % mesh.shape[RULES["heads"]] == 0 else None
-            where = NamedSharding(mesh, PartitionSpec(BATCH, None, heads))
-            everywhere = replicated(mesh)
-        empty = jax.jit(partial(jnp.zeros, shape, self.dtype), out_shardings=where)
-        self._slots = Slots(tuple((empty(), empty()) for _ in range(c.num_hidden_layers)))
+        where = (keeper.shardings(heads),) * c.num_hidden_layers
+        everywhere = SingleDeviceSharding(jax.devices()[0]) if mesh is None else replicated(mesh)
+        empty = jax.jit(
+            partial(keeper.empty, slots, context, heads, c.head_dim, self.dtype), out_shardings=keeper.shardings(heads)
+        )
+        self._kept = tuple(empty() for _ in range(c.num_hidden_layers))
         pool = (max(images, 1) * IMAGE_TOKENS, c.hidden_size)
         self._pool = jax.jit(partial(jnp.zeros, pool, self.dtype), out_shardings=everywhere)()
         self._encode = jax.jit(self._encode_images, donate_argnums=1, out_shardings=everywhere)
@@ -107,7 +109,6 @@ class Programs:
         self._fork = jax.jit(self._fork_slot, donate_argnums=0, out_shardings=where)
         self._decode = jax.jit(
             self._decode_slots,
-            static_argnames="width",
             donate_argnums=1,
             out_shardings=(where, everywhere),
         )
@@ -133,15 +134,17 @@ class Programs:
         slots: Int[np.ndarray, "R"],
     ) -> None:
         """Fills the slots of some prompts; a slot beyond the last one is dropped."""
-        self._slots = self._prefill(self._state, self._slots, self._pool, tokens, places, lengths, turns, slots)
+        self._kept = self._prefill(self._state, self._kept, self._pool, tokens, places, lengths, turns, slots)
 
-    def fork(self, source: int, target: int) -> None:
-        """Copies what a slot holds to another one."""
-        self._slots = self._fork(self._slots, np.int32(source), np.int32(target))
+    def fork(self, source: int, targets: Sequence[int]) -> None:
+        """Copies what a slot holds to other ones."""
+        numbers = np.full(self.count, self.count, np.int32)
+        numbers[: len(targets)] = targets
+        self._kept = self._fork(self._kept, np.int32(source), numbers)
 
-    def decode(self, lanes: Lanes, eager: bool, width: int) -> Decoded:
+    def decode(self, lanes: Lanes, eager: bool) -> Decoded:
         """Up to `steps` more ids of each slot, fewer as soon as one ends if `eager`; waits for them."""
-        self._slots, found = self._decode(self._state, self._slots, lanes, np.bool_(eager), width=width)
+        self._kept, found = self._decode(self._state, self._kept, lanes, np.bool_(eager))
         return jax.device_get(found)
 
     # What is compiled
@@ -155,14 +158,14 @@ class Programs:
     def _prefill_prompts(
         self,
         state: nnx.State,
-        slots: Slots,
+        slots: Layers,
         pool: Array,
         tokens: Array,
         places: Array,
         lengths: Array,
         turns: Array,
         numbers: Array,
-    ) -> Slots:
+    ) -> Layers:
         model: QwenVL = nnx.merge(self._graph, state)
         length = tokens.shape[1]
         positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
@@ -170,17 +173,16 @@ class Programs:
         x = self._spread(model.embed_placed(tokens, pool, places))
         r = rotation(self.config, positions, turns, train=False)
         new = model.language.prefill(x, r, self.kernel.among(branches))
-        return jax.tree.map(lambda old, k: old.at[numbers, :length].set(k, mode="drop"), slots, Slots(tuple(new)))
+        return tuple(self.keeper.keep_prompts(kept, *layer, numbers) for kept, layer in zip(slots, new, strict=True))
 
-    def _fork_slot(self, slots: Slots, source: Array, target: Array) -> Slots:
-        return jax.tree.map(lambda x: x.at[target].set(x[source]), slots)
+    def _fork_slot(self, slots: Layers, source: Array, targets: Array) -> Layers:
+        return jax.tree.map(lambda x: x.at[targets].set(x[source], mode="drop"), slots)
 
     def _decode_slots(
-        self, state: nnx.State, slots: Slots, lanes: Any, eager: Bool[Array, ""], width: int
-    ) -> tuple[Slots, Decoded]:
+        self, state: nnx.State, slots: Layers, lanes: Any, eager: Bool[Array, ""]
+    ) -> tuple[Layers, Decoded]:
         """`lanes`: a `Lanes` of arrays on the device."""
         model: QwenVL = nnx.merge(self._graph, state)
-        attend = partial(self.decode_kernel.kept, width=width)
         count, steps = self.count, self.steps
         idle = lanes.left <= 0
         found = Decoded(
@@ -199,7 +201,7 @@ class Programs:
             slots, token, length, done, step, found = carry
             x = self._spread(model.embed(token[:, None], None))
             r = rotation(self.config, length[:, None], lanes.turns, train=False)
-            hidden, slots = model.language.step(x, r, jnp.where(done, self.context, length), slots, attend)
+            hidden, slots = model.language.step(x, r, jnp.where(done, self.context, length), slots, self.keeper)
             logits = model.language.logits(hidden[:, 0])
             drawn = lanes.drawn + step
             keys = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(lanes.seed, drawn)

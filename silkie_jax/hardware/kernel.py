@@ -4,7 +4,6 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from silkie_jax.errors import UserError
 from silkie_jax.hardware.mesh import BATCH, RULES
 from silkie_jax.nn.attention import PADDING, PLAIN, Kernel
 from silkie_jax.nn.flash import FLASH
+from silkie_jax.nn.kept import Keeper
 
 # What `attention: auto` may mean, the first before anything is measured. Elsewhere, on the CPU, XLA's own fusions are
 # as good, and the one-pass kernel would be interpreted.
@@ -70,34 +70,40 @@ def sound_kernel(
     return choices[best] if best >= 0 else attention_kernel("plain", dtype, mesh)
 
 
-def decode_kernel(dtype: str, mesh: Mesh, say: Callable[[str], None] = print) -> Kernel:
-    """How a token attends to the kept keys and values of its row: cuDNN on NVIDIA GPUs in bfloat16, where it is sound.
+def sound_keeper(dtype: str, mesh: Mesh, say: Callable[[str], None] = print) -> Keeper:
+    """How keys and values are kept for generation: for cuDNN on NVIDIA GPUs in bfloat16, where it is sound, else plain.
 
-    On an H200 a decoding step took 9.1 ms with it and 10.6 ms with the plain path (32 rows, 900 of 1,024 tokens).
+    On an H200 a decoding step took 9.1 ms with it and 10.6 ms without (32 slots, 900 of 1,024 places).
     """
-    plain = attention_kernel("plain", dtype, mesh)
+    plain = Keeper(attention_kernel("plain", dtype, mesh))
     if _platform(mesh) != "gpu" or dtype != "bfloat16":
         return plain
-    kernel = attention_kernel("cudnn", dtype, mesh)
-    why = _what_is_wrong_with_kept(kernel)
+    keeper = Keeper(attention_kernel("cudnn", dtype, mesh))
+    why = _what_is_wrong_with(keeper)
     if why:
         say(f"attention: cudnn is not sound for decoding on this machine and is left out: {why}")
-    return kernel if _on_all_hosts([not why])[0] else plain
+    return keeper if _on_all_hosts([not why])[0] else plain
 
 
-def _what_is_wrong_with_kept(kernel: Kernel) -> str | None:
-    """Compares attention to kept keys and values with the plain path."""
+def _what_is_wrong_with(keeper: Keeper) -> str | None:
+    """Compares attention to what is kept with the plain path."""
     random = np.random.default_rng(0)
     q, k, v = (jnp.asarray(random.standard_normal((4, t, 2, 128)), jnp.bfloat16) for t in (1, 256, 256))
-    places = jnp.asarray([0, 17, 128, 255])
+    places, slots = jnp.asarray([0, 17, 128, 255]), jnp.arange(4)
+
+    def values(keeper: Keeper) -> np.ndarray:
+        @jax.jit
+        def run() -> jax.Array:
+            kept = keeper.keep_prompts(keeper.empty(4, 256, 2, 128, q.dtype), k, v, slots)
+            return keeper.attend(q, kept, places)
+
+        return np.asarray(run(), np.float64)
+
     try:
-        alone = dataclasses.replace(kernel, mesh=None)
-        ours, plain = (
-            np.asarray(jax.jit(partial(one.kept, width=256))(q, k, v, places), np.float64) for one in (alone, PLAIN)
-        )
+        alone = Keeper(dataclasses.replace(keeper.kernel, mesh=None))
+        return _apart([(values(alone), values(Keeper()))], q.dtype)
     except Exception as e:  # whatever a compiler or a driver says
         return f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0][:200]}"
-    return _apart([(ours, plain)], jnp.dtype("bfloat16"))
 
 
 def _apart(pairs: Iterable[tuple[np.ndarray, np.ndarray]], dtype: jnp.dtype) -> str | None:

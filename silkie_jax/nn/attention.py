@@ -20,9 +20,6 @@ ROW = 64
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """From queries, keys and values [B, T, H, D] to what the queries get."""
 
-AttendKept = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-"""From queries [B, 1, H, D], kept keys and values [B, C, H, D] and each query's place in them [B], to what it gets."""
-
 
 def branch_mask(branches: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
     """Who sees whom: a token sees its row's prompt and its own branch, up to itself.
@@ -88,44 +85,10 @@ class Kernel:
         """Attention in which every query sees every key."""
         return self._flash(q, k, v) if self.name == "flash" else self._whole(q, k, v)
 
-    def kept(
-        self,
-        q: Float[Array, "B 1 H D"],
-        k: Float[Array, "B C H D"],
-        v: Float[Array, "B C H D"],
-        places: Int[Array, "B"],
-        *,
-        width: int,
-    ) -> Float[Array, "B 1 H D"]:
-        """Attention of one query a row to the first keys and values of its row, up to and with its own place.
-
-        cuDNN reads no more of them than that. The plain path reads `width` of each row, which no place may exceed.
-        """
-
-        def local(q: jax.Array, k: jax.Array, v: jax.Array, places: jax.Array) -> jax.Array:
-            if self.name != "cudnn":
-                return attention(q, k[:, :width], v[:, :width], jnp.arange(width) <= places[:, None, None])
-            lengths = jnp.minimum(places + 1, k.shape[1])
-            return jax.nn.dot_product_attention(
-                q,
-                k,
-                v,
-                query_seq_lengths=jnp.ones_like(lengths),
-                key_value_seq_lengths=lengths,
-                implementation="cudnn",
-            )
-
-        if self.mesh is None or self.name != "cudnn":
-            return local(q, k, v, places)
-        part, rows = self._split(q), PartitionSpec(self.batch)
-        split = jax.shard_map(local, mesh=self.mesh, in_specs=(part, part, part, rows), out_specs=part, check_vma=False)
-        return split(q, k, v, places)
-
-    def _split(self, q: jax.Array) -> PartitionSpec:
-        """How queries, keys and values lie on the mesh."""
+    def spec(self, heads: int) -> tuple[tuple[str, ...], None, str | None]:
+        """The mesh axes of arrays [B, T, H, ...]: heads are whole where the mesh does not divide them."""
         assert self.mesh is not None
-        heads = self.heads if self.heads and q.shape[2] % self.mesh.shape[self.heads] == 0 else None
-        return PartitionSpec(self.batch, None, heads)
+        return self.batch, None, self.heads if self.heads and heads % self.mesh.shape[self.heads] == 0 else None
 
     def _whole(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         if self.name == "cudnn":
@@ -143,7 +106,7 @@ class Kernel:
             return local(q, k, v, branches)
         # XLA cannot see into the kernel and would gather everything for it: each device attends for its own part. A
         # mesh of one device still tells Pallas what that device is, where it is not there.
-        part, ids = self._split(q), PartitionSpec(self.batch)
+        part, ids = PartitionSpec(*self.spec(q.shape[2])), PartitionSpec(self.batch)
         specs = (part, part, part, None if branches is None else ids)
         split = jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=part, check_vma=False)
         return split(q, k, v, branches)

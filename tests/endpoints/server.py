@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 FAULTS = (
     "429", "429-retry-after", "500", "503", "timeout", "reset", "malformed", "not-a-completion", "empty",
-    "refusal", "truncated", "content_filter", "400", "quota", "unparsable",
+    "refusal", "truncated", "content_filter", "400", "403", "quota", "unparsable",
 )  # fmt: skip
 BATCH_FAULTS = ("error-line", "no-line", "expired", "failed")
 
@@ -45,7 +45,7 @@ class Script:
 
     faults: dict[str, float] = field(default_factory=dict)
     times: int = 1
-    always: tuple[str, ...] = ("refusal", "truncated", "content_filter", "400", "unparsable")
+    always: tuple[str, ...] = ("refusal", "truncated", "content_filter", "400", "403", "unparsable")
     batch_faults: dict[str, float] = field(default_factory=dict)
     bias: float = 0.0
     delay: float = 0.0
@@ -208,6 +208,8 @@ class Server:
                     return self._end(seen, error(int(fault), "the server had an error", "server_error"))
                 case "400":
                     return self._end(seen, error(400, "this image is not supported", "invalid_image"))
+                case "403":
+                    return self._end(seen, error(403, "the image was flagged", "content_policy_violation"))
                 case "timeout":
                     await asyncio.sleep(60)
                 case "reset":

@@ -7,12 +7,12 @@ import pytest
 
 from data_prep.judging.rate import rate
 from data_prep.respond import respond
-from data_prep.run import Run
+from data_prep.run import Instruction, Run
 from silkie_jax.cli import main
 from silkie_jax.endpoints.batches import BatchLane
 from silkie_jax.endpoints.stage import Options
 from silkie_jax.errors import UserError
-from tests.data_prep.runs import QUIET, cents, everything, make_run, start, write_judge, write_pool
+from tests.data_prep.runs import MODELS, QUIET, cents, everything, make_run, picture, start, write_judge, write_pool
 from tests.endpoints.server import Script, Server
 
 BATCH = Options(batch=True, poll=0.02, progress=False)
@@ -211,3 +211,108 @@ def test_agents_without_a_batch_api_are_asked_live(tmp_path):
             "ok": 24
         }
         assert not server.batches
+
+
+@pytest.mark.parametrize("models", [1, 6])
+def test_a_budget_holds_where_images_cost_more_than_estimated(tmp_path, models):
+    """85 tokens each where the pool says 1: all bounds of the input are a third of the bill."""
+    with Server() as server:
+        make_run(tmp_path / "run", 120 // models)
+        price = {"input": 10.0, "output": 0.0}
+        names = MODELS[:models]
+        pool = write_pool(
+            tmp_path / "pool", server.url, names, {"models_per_instruction": models}, image_tokens=1, price=price
+        )
+        limit = 0.03  # half of what all of it will cost, and more than all bounds together
+        with pytest.raises(UserError, match="budget"):
+            respond(tmp_path / "run", pool, Options(limit, batch=True, poll=0.02, progress=False))
+        assert limit * 0.8 < cents(server, (10.0, 0.0)) / 2 <= limit
+        assert len(server.batches) <= 4 * models
+        assert respond(tmp_path / "run", pool, BATCH).states == {"ok": 120}
+    assert set(server.paid().values()) == {1}
+
+
+def test_the_first_file_stands_for_all_requests(tmp_path):
+    """The last quarter of the instructions shows four images each, all of which cost more than estimated."""
+    with Server() as server:
+        with Run.create(tmp_path / "run") as run:
+            with run.transaction():
+                shown = [[run.add_image(picture(4 * n + k)) for k in range(1 if n < 90 else 4)] for n in range(120)]
+            asked = [Instruction(f"i{n}", f"What is in picture {n}?", tuple(shown[n])) for n in range(120)]
+            run.write_instructions(asked, {"of": "a test"})
+        price = {"input": 10.0, "output": 0.0}
+        pool = write_pool(tmp_path / "pool", server.url, ("m0",), ONE, image_tokens=1, price=price)
+        limit = 0.08
+        with pytest.raises(UserError, match="budget"):
+            respond(tmp_path / "run", pool, Options(limit, batch=True, poll=0.02, progress=False))
+        assert cents(server, (10.0, 0.0)) / 2 <= limit
+
+
+def test_agents_that_compose_at_once_share_the_budget(tmp_path, monkeypatch):
+    """Files of hundreds of lines are composed turn by turn; each counts what the others have taken."""
+    monkeypatch.setattr("silkie_jax.endpoints.batches._CONFIRMED", 0)
+    with Server() as server:
+        make_run(tmp_path / "run", 250)
+        price = {"input": 10.0, "output": 0.0}
+        pool = write_pool(tmp_path / "pool", server.url, ("m0", "m1"), {"models_per_instruction": 2}, price=price)
+        with pytest.raises(UserError, match="budget"):
+            respond(tmp_path / "run", pool, Options(0.12, batch=True, poll=0.02, progress=False))
+        assert 0.12 * 0.8 < cents(server, (10.0, 0.0)) / 2 <= 0.12
+
+
+def test_known_bills_need_no_small_file(tmp_path):
+    with Server() as server:
+        make_run(tmp_path / "run", 40)
+        pool = write_pool(tmp_path / "pool", server.url, ("m0",), ONE)
+        with pytest.raises(UserError, match="budget"):
+            respond(tmp_path / "run", pool, Options(0.02, batch=True, poll=0.02, progress=False))
+        before = len(server.batches)
+        respond(tmp_path / "run", pool, Options(1.0, batch=True, poll=0.02, progress=False))
+        assert len(server.batches) - before == 1
+
+
+@pytest.mark.parametrize("deleted", ["batch", "replies"])
+def test_what_the_server_has_deleted_is_sent_again_after_a_word(tmp_path, capfd, deleted):
+    script = Script(polls=10**9)
+    with Server(script) as server:
+        make_run(tmp_path / "run", 5)
+        pool = write_pool(tmp_path / "pool", server.url, ("m0",), ONE)
+        process = start("respond", tmp_path / "run", "--pool", pool, "--batch", "--poll", "0.05")
+        while not any(batch["looks"] for batch in server.batches.values()):
+            time.sleep(0.02)
+        process.kill()
+        process.communicate()
+        script.polls = 0
+        if deleted == "batch":
+            server.batches.clear()
+        else:
+            server._look_at("batch_0")
+            del server.files[server.batches["batch_0"]["output_file_id"]]
+        with pytest.raises(UserError, match=r"does not know batch batch_0, or has deleted .* its 5 requests are sent"):
+            respond(tmp_path / "run", pool, BATCH)
+        with Run.open(tmp_path / "run") as run:
+            bound = run.spent()
+        assert bound > 0
+        assert len(server.batches) == (0 if deleted == "batch" else 1)  # nothing is sent before the user has heard
+        assert respond(tmp_path / "run", pool, BATCH).states == {"ok": 5}
+        assert "batch batch_0 is still not there: its 5 requests are open again" in capfd.readouterr().err
+        with Run.open(tmp_path / "run") as run:
+            assert run.spent() == pytest.approx(bound + run.spending()[0].cost)  # it may have been paid
+
+
+def test_a_batch_that_was_missing_under_another_key_is_collected(tmp_path):
+    script = Script(polls=10**9)
+    with Server(script) as server:
+        make_run(tmp_path / "run", 5)
+        pool = write_pool(tmp_path / "pool", server.url, ("m0",), ONE)
+        process = start("respond", tmp_path / "run", "--pool", pool, "--batch", "--poll", "0.05")
+        while not any(batch["looks"] for batch in server.batches.values()):
+            time.sleep(0.02)
+        process.kill()
+        process.communicate()
+        with Server() as elsewhere, pytest.raises(UserError, match="check that key and base_url"):
+            respond(tmp_path / "run", write_pool(pool, elsewhere.url, ("m0",), ONE), BATCH)
+        script.polls = 2
+        assert respond(tmp_path / "run", write_pool(pool, server.url, ("m0",), ONE), BATCH).states == {"ok": 5}
+    assert set(server.paid().values()) == {1}
+    assert len(server.batches) == 1

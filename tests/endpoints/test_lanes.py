@@ -7,11 +7,11 @@ from collections import Counter
 import pytest
 
 from data_prep.judging.rate import rate
-from data_prep.respond import Deal, Pool, load_pool, respond
+from data_prep.respond import respond
 from data_prep.run import Run
 from silkie_jax.endpoints.stage import Options
 from silkie_jax.errors import UserError
-from tests.data_prep.runs import MODELS, QUIET, cents, everything, make_run, start, write_judge, write_pool
+from tests.data_prep.runs import QUIET, cents, everything, make_run, start, write_judge, write_pool
 from tests.endpoints.server import Script, Server
 
 PASSING = {"429": 0.1, "429-retry-after": 0.1, "500": 0.05, "503": 0.05, "reset": 0.1, "malformed": 0.05,
@@ -60,7 +60,7 @@ def test_errors_that_pass_change_nothing(tmp_path):
 
 
 def test_what_would_repeat_itself_is_asked_once_and_another_model_answers(tmp_path):
-    faults = {"refusal": 0.1, "content_filter": 0.1, "400": 0.1}
+    faults = {"refusal": 0.1, "content_filter": 0.1, "400": 0.1, "403": 0.1}
     with Server(Script(faults=faults)) as server:
         make_run(tmp_path / "run", 20)
         outcome = respond(tmp_path / "run", write_pool(tmp_path / "pool", server.url), QUIET)
@@ -264,28 +264,3 @@ def test_dry_run_sends_nothing_and_changes_nothing(tmp_path):
         assert run.db.execute("SELECT count(*) FROM requests").fetchone()[0] == 0
     with pytest.raises(UserError, match="NOT_SET_ANYWHERE is not set"):
         respond(tmp_path / "run", pool, QUIET)
-
-
-def test_draws_are_balanced_seeded_and_weighted(tmp_path):
-    path = write_pool(tmp_path / "pool", "http://127.0.0.1:9/v1", MODELS)
-
-    def draw(**changes) -> list[tuple[str, ...]]:
-        pool: Pool = load_pool(path)
-        for name, weight in changes.pop("weights", {}).items():
-            pool.models[name].weight = weight
-        for key, value in changes.items():
-            setattr(pool, key, value)
-        deal = Deal(pool)
-        return [tuple(deal(f"i{n}")[0]) for n in range(301)]
-
-    hands = draw()
-    assert hands == draw() != draw(seed=1)
-    assert all(len(set(hand)) == 4 for hand in hands)
-    counts = Counter(name for hand in hands for name in hand)
-    assert max(counts.values()) - min(counts.values()) <= 1
-    at_random = Counter(name for hand in draw(draw="random") for name in hand)
-    assert max(at_random.values()) - min(at_random.values()) > 1
-    half = Counter(name for hand in draw(weights={"m0": 0.5}) for name in hand)
-    assert half["m0"] == pytest.approx(half["m1"] / 2, abs=2)
-    rare = Counter(name for hand in draw(draw="random", weights={"m0": 0.1}) for name in hand)
-    assert rare["m0"] < min(rare[name] for name in MODELS[1:]) / 2

@@ -1,6 +1,9 @@
-"""The run's folder: images once, instructions all or none, and a journal whose commits survive a kill."""
+"""The run's folder: images once, requests of any stage, and a journal whose commits survive a kill."""
 
 import asyncio
+import errno
+import fcntl
+import json
 import os
 import signal
 import sqlite3
@@ -9,11 +12,16 @@ import sys
 
 import pytest
 
-from data_prep.run import Instruction, Run
+from data_prep.run import Run
+from silkie_jax.endpoints.agents import Agent
+from silkie_jax.endpoints.attempts import Verdict, new_request
 from silkie_jax.endpoints.journal import Journal
-from silkie_jax.endpoints.store import DATABASE
+from silkie_jax.endpoints.messages import compose
+from silkie_jax.endpoints.stage import Options, run_stage
+from silkie_jax.endpoints.store import DATABASE, RunStore
 from silkie_jax.errors import UserError
 from tests.data_prep.runs import make_run, picture
+from tests.endpoints.server import Server
 
 
 def test_images_are_stored_once(tmp_path):
@@ -82,25 +90,49 @@ def test_a_cut_off_image_is_one_line(tmp_path):
             run.image(sha256)
 
 
-def test_instructions_come_back_as_they_went_in(tmp_path):
-    given = [
-        Instruction("a", "what?", ("0" * 64,), (("q", "a"), ("é", "漢")), "svit", "CC-BY-4.0", {"n": [1, None]}),
-        Instruction("b", "<|im_start|> ' \" \0 \n", ()),
-    ]
-    with Run.create(tmp_path / "run") as run:
-        assert run.write_instructions(given, {"seed": 0}) == 2
-        assert run.write_instructions(iter([]), {"seed": 0}) == 2  # the same settings: nothing to do
-        with pytest.raises(UserError, match="two instructions share an id"):
-            run.write_instructions([given[0], given[0]], {"seed": 1})
-    with Run.open(tmp_path / "run") as run:
-        found = list(run.instructions())
-        assert [(i.id, i.prompt, i.history, i.extra) for i in found] == [
-            (i.id, i.prompt, i.history, i.extra) for i in given
-        ]
-        assert [i.number for i in found] == [1, 2]
-        assert [i.id for i in run.instructions(2, 9)] == ["b"]
-        with pytest.raises(sqlite3.OperationalError):
-            run.db.execute("DELETE FROM instructions")
+class Answers(RunStore):
+    """A store of another caller, with a table of its own."""
+
+    tables = "CREATE TABLE questions (number INTEGER PRIMARY KEY, words TEXT NOT NULL)"
+    made_by = "silkie evaluate"
+
+
+def test_any_caller_can_ask_by_a_stage_of_its_own(tmp_path):
+    """What a request is about, the stage's name, and what a reply is worth: all are the caller's."""
+    with pytest.raises(UserError, match=r"there is no run at .*: make one with `silkie evaluate`"):
+        Answers.open(tmp_path / "run")
+    judged = []
+
+    def review(name, request, reply, number):
+        judged.append((name, request.item, request.slot, json.loads(request.arrangement)))
+        return Verdict(reply.outcome, "ok" if "m0" in reply.text else "failed")
+
+    with Server() as server, Answers.create(tmp_path / "run") as run:
+        who = Agent(model="m0", base_url=server.url)
+
+        def plan():
+            for number, words in enumerate(("how many?", "which colour?"), 7):
+                run.db.execute("INSERT INTO questions VALUES (?, ?)", (number, words))
+                body = compose(who, words, [])
+                run.db.execute(*new_request("score", number, "judge", 0, {"of": words}, body, 0))
+
+        result = run_stage(run, "score", {"judge": who}, plan, review, Options(progress=False))
+    assert result.states == {"ok": 2}
+    assert sorted(judged) == [("judge", 7, 0, {"of": "how many?"}), ("judge", 8, 0, {"of": "which colour?"})]
+    with Answers.open(tmp_path / "run") as run:
+        assert run.db.execute("SELECT count(*) FROM questions").fetchone() == (2,)
+        assert [(row.stage, row.agent, dict(row.requests)) for row in run.spending()] == [("score", "judge", {"ok": 2})]
+
+
+def test_a_disk_without_locks_is_called_that(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    with Run.create(tmp_path / "run"), pytest.raises(UserError, match="another process is working on the run"):
+        Run.create(tmp_path / "run")
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match=r"run.lock cannot be locked \(Function not implemented\): use a local disk"):
+        Run.create(tmp_path / "run")
 
 
 def test_folders_that_are_no_runs(tmp_path):
@@ -158,7 +190,9 @@ KILL = """
 import asyncio, os, signal, sys
 from silkie_jax.endpoints.journal import Journal
 from data_prep.run import Run
-from silkie_jax.endpoints.store import DATABASE
+from silkie_jax.endpoints.messages import compose
+from silkie_jax.endpoints.stage import Options, run_stage
+from silkie_jax.endpoints.store import DATABASE, RunStore
 async def work(run):
     async with Journal(run.db, run.path / DATABASE) as journal:
         for n in range(50):

@@ -1,17 +1,19 @@
 """The engine: each request as if it were alone, whatever else is in flight; what is computed once; what is refused."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
+from silkie_jax.checkpoints.weights import load_model
 from silkie_jax.errors import UserError
 from silkie_jax.generation.engine import Engine
 from silkie_jax.generation.generate import generate
 from silkie_jax.generation.requests import CANCELLED, LENGTH, STOP, Request, sample_seed
 from silkie_jax.hardware.kernel import attention_kernel
-from silkie_jax.hardware.mesh import make_mesh
+from silkie_jax.hardware.mesh import make_mesh, sharding_of
 
 
 def ask(engine: Engine, requests) -> dict[int, list[int]]:
@@ -62,7 +64,7 @@ def test_golden_greedy(reference_data, golden_model, case):
 
 
 def mixed(pair, count: int) -> tuple[list[Request], list[list[int]]]:
-    """Requests of ten lengths, some with an image, some beyond seq_length, and their greedy ids one length at a time."""
+    """Requests of ten lengths, some with an image, and their greedy ids, found one length at a time."""
     random = np.random.default_rng(0)
     requests, expected = [], []
     kinds = [(1, 0), (2, 0), (7, 0), (30, 0), (64, 0), (65, 0), (100, 0), (150, 0), (270, 1), (300, 1)]
@@ -165,7 +167,8 @@ def test_logprobs_are_the_models(pair):
 def test_over_a_mesh(pair, sizes):
     requests, expected = mixed(pair, 20)
     mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
-    engine = Engine(pair.model, context=330, slots=6, mesh=mesh, kernel=attention_kernel("plain", "float32", mesh))
+    model = load_model(pair.folder, sharding_of=partial(sharding_of, mesh))
+    engine = Engine(model, context=330, slots=6, mesh=mesh, kernel=attention_kernel("plain", "float32", mesh))
     assert engine.slots % (sizes[0] * sizes[1]) == 0
     got = ask(engine, requests)
     assert [got[n] for n in range(len(requests))] == expected
@@ -175,7 +178,8 @@ def test_over_a_mesh(pair, sizes):
 def test_with_the_one_pass_kernel_in_prefill(pair):
     requests, expected = mixed(pair, 10)
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    engine = Engine(pair.model, context=330, slots=4, mesh=mesh, kernel=attention_kernel("flash", "float32", mesh))
+    model = load_model(pair.folder, sharding_of=partial(sharding_of, mesh))
+    engine = Engine(model, context=330, slots=4, mesh=mesh, kernel=attention_kernel("flash", "float32", mesh))
     got = ask(engine, requests)
     assert [got[n] for n in range(len(requests))] == expected
 

@@ -11,7 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from silkie_jax.models.qwen_vl.config import QwenVLConfig
-from silkie_jax.nn.attention import Attend, AttendKept, attention
+from silkie_jax.nn.attention import Attend, attention
+from silkie_jax.nn.kept import Keeper, Kept
 from silkie_jax.nn.lora import Linear
 from silkie_jax.nn.precision import precision
 from silkie_jax.nn.stack import scan, stack
@@ -92,15 +93,6 @@ class Cache(NamedTuple):
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.int32(0))
 
 
-class Slots(NamedTuple):
-    """Keys and values of B sequences that do not begin and end together, a pair of arrays [B, C, H, D] for each layer.
-
-    An array a layer, as in `nn.stack.unstack`: what has a layer axis is copied in every step.
-    """
-
-    layers: tuple[tuple[Float[Array, "B C H D"], Float[Array, "B C H D"]], ...]
-
-
 class Attention(nnx.Module):
     """`c_attn` is the fused projection [q | k | v], kept as [3, heads * head_dim] so that heads can be sharded."""
 
@@ -159,21 +151,13 @@ class Block(nnx.Module):
         return x + self.mlp(self.ln_2(x)), (k, v)
 
     def step(
-        self,
-        x: Float[Array, "B 1 W"],
-        r: Rotation,
-        lengths: Int[Array, "B"],
-        kept: tuple[Float[Array, "B C H D"], Float[Array, "B C H D"]],
-        attend: AttendKept,
-    ) -> tuple[Float[Array, "B 1 W"], tuple[Float[Array, "B C H D"], Float[Array, "B C H D"]]]:
-        """Like `__call__` for one more token of each slot, which sees itself and the first `lengths` of its slot."""
+        self, x: Float[Array, "B 1 W"], r: Rotation, places: Int[Array, "B"], kept: Kept, keeper: Keeper
+    ) -> tuple[Float[Array, "B 1 W"], Kept]:
+        """Like `__call__` for one more token of each slot, which sees what is kept up to its own place."""
         q, k, v = self.attn.qkv(self.ln_1(x), r, adapter=True)
-        each = jnp.arange(x.shape[0])
-        keys, values = (
-            old.at[each, lengths].set(new[:, 0], mode="drop") for old, new in zip(kept, (k, v), strict=True)
-        )
-        x = x + self.attn.out(attend(q, keys, values, lengths), adapter=True)
-        return x + self.mlp(self.ln_2(x)), (keys, values)
+        kept = keeper.keep_tokens(kept, k, v, places)
+        x = x + self.attn.out(keeper.attend(q, kept, places), adapter=True)
+        return x + self.mlp(self.ln_2(x)), kept
 
     def cached(
         self,
@@ -240,19 +224,17 @@ class Decoder(nnx.Module):
         return kept
 
     def step(
-        self,
-        x: Float[Array, "B 1 W"],
-        r: Rotation,
-        lengths: Int[Array, "B"],
-        slots: Slots,
-        attend: AttendKept,
-    ) -> tuple[Float[Array, "B 1 W"], Slots]:
-        """The hidden states of one more token of each slot, which is added at place `lengths` (beyond the end: not)."""
+        self, x: Float[Array, "B 1 W"], r: Rotation, places: Int[Array, "B"], kept: tuple[Kept, ...], keeper: Keeper
+    ) -> tuple[Float[Array, "B 1 W"], tuple[Kept, ...]]:
+        """The hidden states of one more token of each slot of a model that is `apart`, kept at `places`.
+
+        A place beyond the last one is dropped.
+        """
         layers = []
-        for block, kept in zip(self.layers, slots.layers, strict=True):
-            x, kept = block.step(x, r, lengths, kept, attend)
-            layers.append(kept)
-        return self.ln_f(x), Slots(tuple(layers))
+        for block, layer in zip(self.layers, kept, strict=True):
+            x, layer = block.step(x, r, places, layer, keeper)
+            layers.append(layer)
+        return self.ln_f(x), tuple(layers)
 
     def logits(self, hidden: Float[Array, "... W"]) -> Float[Array, "... V"]:
         """float32 scores of the vocabulary."""

@@ -1,13 +1,17 @@
 """A run becomes a corpus: the right ratings on the right responses, and the same bytes whoever makes them and however
 often they are killed."""
 
+import contextlib
 import json
 import math
+import os
+import pickle
 import random
 import shutil
 import signal
 import sys
 import time
+import types
 
 import pytest
 
@@ -15,6 +19,7 @@ from data_prep.corpora.build import build
 from data_prep.judging.rubric import Rubric, load_rubric
 from data_prep.run import Run
 from silkie_jax.corpus import CorpusReader
+from silkie_jax.endpoints.store import DATABASE
 from silkie_jax.errors import UserError
 from silkie_jax.yaml_files import make
 from tests.data_prep.conftest import rejections
@@ -115,6 +120,58 @@ def test_beam_gives_the_same_bytes(run, corpus, tmp_path):
     pytest.importorskip("apache_beam", reason="the beam extra is not installed")
     build(run, tmp_path / "corpus", shards=4, runner="beam", beam_options=["--runner=DirectRunner"], progress=False)
     assert files(tmp_path / "corpus") == files(corpus)
+
+
+class Step:
+    """Stands for a transform of Apache Beam, and does it at once."""
+
+    def __init__(self, apply):
+        self.apply = apply
+
+    def __rrshift__(self, label):
+        return self
+
+    def __ror__(self, items):
+        return self.apply(items)
+
+
+def stand_in_for_beam(monkeypatch, database):
+    """Workers that are this process, from which the run's database is hidden meanwhile."""
+    beam, options = types.ModuleType("apache_beam"), types.ModuleType("apache_beam.options.pipeline_options")
+
+    def make_all(numbers, function, job):
+        hidden = database.with_suffix(".hidden")
+        os.rename(database, hidden)
+        try:
+            return [function(number, pickle.loads(pickle.dumps(job))) for number in numbers]
+        finally:
+            os.rename(hidden, database)
+
+    beam.Pipeline = lambda options: contextlib.nullcontext(())
+    beam.Create = lambda items: Step(lambda _: items)
+    beam.Reshuffle = lambda: Step(list)
+    beam.Map = lambda function, job: Step(lambda numbers: make_all(numbers, function, job))
+    options.PipelineOptions = list
+    for name, module in {"apache_beam": beam, "apache_beam.options.pipeline_options": options}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "apache_beam.options", types.ModuleType("apache_beam.options"))
+
+
+def test_other_machines_need_no_part_of_the_runs_database(run, corpus, tmp_path, monkeypatch):
+    """SQLite's log is for one host: workers of a cluster get a snapshot. The bytes are those of one machine."""
+    stand_in_for_beam(monkeypatch, run / DATABASE)
+    build(run, tmp_path / "corpus", shards=4, runner="beam", progress=False)
+    assert files(tmp_path / "corpus") == files(corpus)
+
+
+def test_a_snapshot_holds_what_came_of_a_run_and_no_more(run, tmp_path):
+    with Run.open(run) as opened:
+        opened.snapshot(tmp_path / "copy")
+        with Run.open(run, snapshot=tmp_path / "copy") as copy:
+            assert list(copy.gathered()) == list(opened.gathered())
+            assert copy.settings("run id") == opened.settings("run id")
+            assert {body for (body,) in copy.db.execute("SELECT body FROM requests")} == {""}
+            assert not list(tmp_path.glob("copy-*"))  # no log, and no locks
 
 
 def test_without_beam_it_says_how_to_get_it(run, tmp_path, monkeypatch):
