@@ -71,7 +71,8 @@ def make_parser() -> argparse.ArgumentParser:
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--jsonl", metavar="FILE", help="VLFeedback rows: JSONL or parquet")
     source.add_argument("--pairs", metavar="FILE", help="rows of image, prompt, chosen, rejected: JSONL or parquet")
-    p.add_argument("--images", metavar="DIR_OR_ZIP", help="where the images are; default: beside the rows")
+    p.add_argument("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="of --jsonl's ratings; default: 1 5")
+    p.add_argument("--images", metavar="PATH", help="the rows' images: a folder, zip or tar; default: beside the rows")
     p.add_argument("dst", help="the corpus folder to make, or to complete")
 
     add_corpus_verbs(partial(verb, corpus))
@@ -151,9 +152,11 @@ def _export(args: argparse.Namespace) -> None:
 
 def _corpus_import(args: argparse.Namespace) -> None:
     if args.jsonl:
-        from data_prep.tables.vlfeedback import import_vlfeedback
+        from data_prep.tables.vlfeedback import SCALE, import_vlfeedback
 
-        summary = import_vlfeedback(args.jsonl, args.images, args.dst)
+        summary = import_vlfeedback(args.jsonl, args.images, args.dst, scale=tuple(args.scale or SCALE))
+    elif args.scale:
+        raise UserError("--scale: pairs have no ratings; leave it out")
     else:
         from data_prep.tables.given_pairs import import_pairs
 

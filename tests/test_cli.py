@@ -137,6 +137,8 @@ def test_usage_errors(silkie, arguments):
         ("export {tmp}/full {tmp}/dst --adapter {tmp}", "{tmp}/full is a training run with results of its own"),
         ("corpus import --jsonl {tmp}/none.jsonl {tmp}/dst", "{tmp}/none.jsonl"),
         ("corpus import --pairs {tmp}/none.jsonl {tmp}/dst", "{tmp}/none.jsonl"),
+        ("corpus import --jsonl {tmp}/none.jsonl {tmp}/dst --scale 5 1", "--scale: low 5 must be below high 1"),
+        ("corpus import --pairs {tmp}/none.jsonl {tmp}/dst --scale 1 9", "--scale: pairs have no ratings"),
         ("train {tmp}/none.yaml", "{tmp}/none.yaml: no such config file"),
         ("train {config} bta=1", "unknown key bta; did you mean beta?"),
         ("train {config} steps", "'steps' is not an override; write key=value"),

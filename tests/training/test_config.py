@@ -72,6 +72,18 @@ def test_overrides_replace_values_of_the_file(file):
         "aspect": "Helpfulness",
     }
     assert load_config(file, ["run_dir=runs/a=b"]).run_dir == "runs/a=b"
+    assert load_config(file, ["run_dir=runs/${lora.rank}-${seed}"]).run_dir == "runs/8-0"
+
+
+def test_a_file_may_extend_another(file, tmp_path):
+    (tmp_path / "more.yaml").write_text("extends: train.yaml\nlora: {alpha: 2}\nseed: 3\n")
+    config = load_config(tmp_path / "more.yaml", ["seed=4"])
+    assert (config.model, config.lora.rank, config.lora.alpha, config.seed) == ("m", 8, 2, 4)
+    (tmp_path / "loop.yaml").write_text("extends: more.yaml\n")
+    (tmp_path / "train.yaml").write_text("extends: loop.yaml\n")
+    assert "loop.yaml: extends more.yaml, which extends it" in refused(load_config, tmp_path / "more.yaml")
+    (tmp_path / "train.yaml").write_text("extends: gone.yaml\n")
+    assert "gone.yaml: no such config file" in refused(load_config, tmp_path / "more.yaml")
 
 
 def test_saved_configuration_is_the_same(file, tmp_path):
@@ -111,12 +123,12 @@ def test_files_that_cannot_be_read(tmp_path, file):
         ("=3", "'=3' is not an override"),
         ("lora.rank=[a", "lora.rank=[a"),
         ("lora.rank=", "lora.rank"),
-        ("steps=three", "steps"),
-        ("steps=1.5", "steps"),
-        ("lora=8", "lora"),
-        ("mesh=8", "mesh must hold keys, such as mesh.data, and not 8"),
-        ("optimizer=null", "optimizer must hold keys, such as optimizer.learning_rate, and not None"),
-        ("optimizer.learning_rate=fast", "optimizer.learning_rate"),
+        ("steps=three", "steps must be a whole number, not a text"),
+        ("steps=1.5", "steps must be a whole number, not 1.5"),
+        ("lora=8", "lora must hold keys, such as lora.rank, not 8"),
+        ("mesh=8", "mesh must hold keys, such as mesh.data, not 8"),
+        ("optimizer=null", "optimizer must hold keys, such as optimizer.learning_rate, not null"),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate must be a number, not a text"),
         ("lora.targets=c_attn", "lora.targets"),
         ("model=${corpus2}", "corpus2"),
         ("model=${", "model"),
