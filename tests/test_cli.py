@@ -170,7 +170,9 @@ def test_a_mistake_is_one_line(silkie, model, corpus, config, tmp_path, argument
     (tmp_path / "foreign.part").write_text("something else\n")
     (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
     (tmp_path / "full" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "full" / "model").mkdir()
+    (tmp_path / "full" / "config.yaml").write_text(
+        yaml.safe_dump({"model": "m", "corpus": "c", "run_dir": "r", "lora": None})
+    )
     before = sorted(tmp_path.rglob("*"))
     names = {"tmp": tmp_path, "model": model, "corpus": corpus, "config": config}
     status, _, complaint = silkie(*arguments.format(**names).split())

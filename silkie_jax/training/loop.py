@@ -5,8 +5,6 @@ from pathlib import Path
 
 import jax
 
-from silkie_jax.checkpoints.peft import save_adapter
-from silkie_jax.checkpoints.weights import save_model
 from silkie_jax.corpus import CorpusReader
 from silkie_jax.errors import UserError
 from silkie_jax.hardware.distributed import StopRequest
@@ -23,6 +21,7 @@ from silkie_jax.training.config_file import check_same_run, save_config
 from silkie_jax.training.data import Data, open_data
 from silkie_jax.training.meters import Meters
 from silkie_jax.training.metrics import MetricsWriter, check_wandb
+from silkie_jax.training.result import is_finished, save_result
 from silkie_jax.training.trainer import Program, Trainer, load_policy, with_adapter_form
 
 
@@ -55,7 +54,7 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
     del policy
     checkpoints = Checkpoints(run / "checkpoints", config.keep_checkpoints)
     done = checkpoints.latest or 0
-    if done == steps and all(path.is_dir() for path in results(config, run)):
+    if done == steps and is_finished(config, run):
         checkpoints.close()
         if main:
             print(f"all {steps} steps of this run were done before; nothing is left to do")
@@ -202,24 +201,6 @@ def evaluate(trainer: Trainer, source: BatchSource) -> dict[str, float]:
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value
     return {f"eval_{name}": value / max(weight, 1) for name, value in sums.items()}
-
-
-def results(config: TrainConfig, run: Path) -> list[Path]:
-    """What a finished run holds: model/ where weights of the base were trained, adapter/ where there is one."""
-    whole = not config.lora or config.train_vision != "none"
-    return [run / "model"] * whole + [run / "adapter"] * (config.lora is not None)
-
-
-def save_result(trainer: Trainer, run: Path) -> None:
-    """Writes `results`."""
-    config, model = trainer.program.config, trainer.model()
-    base = config.model
-    for folder in results(config, run):
-        if folder.name == "model":
-            save_model(model, folder, like=config.model, dtype=config.dtype)
-            base = str(folder)
-        else:
-            save_adapter(model, folder, base_model=base)
 
 
 def describe(trainer: Trainer, data: Data, done: int) -> str:
