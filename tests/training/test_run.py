@@ -80,6 +80,7 @@ def assert_close(ours, expected):
 def test_what_is_in_the_folder(run, base):
     assert {path.name for path in run.iterdir()} == {
         "config.yaml",
+        "run.json",
         "metrics.jsonl",
         "checkpoints",
         "tensorboard",
