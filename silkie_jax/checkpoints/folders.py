@@ -132,10 +132,16 @@ def _remove(path: Path) -> None:
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Refuses to begin what the disk cannot hold; `needed` in bytes."""
+    """Refuses to begin what the disk cannot hold.
+
+    Args:
+      folder: what `new_folder` gave.
+      needed: bytes.
+    """
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make room first")
+        where = folder.parents[1]  # the folder that the new one will lie in
+        raise UserError(f"{where}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make room first")
 
 
 def copy_side_files(src: Path, dst: Path) -> None:
