@@ -151,11 +151,11 @@ def _export(args: argparse.Namespace) -> None:
 
 def _corpus_import(args: argparse.Namespace) -> None:
     if args.jsonl:
-        from data_prep.vlfeedback import import_vlfeedback
+        from data_prep.tables.vlfeedback import import_vlfeedback
 
         summary = import_vlfeedback(args.jsonl, args.images, args.dst)
     else:
-        from data_prep.pairs import import_pairs
+        from data_prep.tables.given_pairs import import_pairs
 
         summary = import_pairs(args.pairs, args.images, args.dst)
     print(summary.table())

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from data_prep.stage import Options
-from data_prep.store import Instruction, Run
+from data_prep.run import Instruction, Run
+from silkie_jax.endpoints.stage import Options
 
 QUIET = Options(progress=False)
 MODELS = ("m0", "m1", "m2", "m3", "m4", "m5")
