@@ -1,15 +1,16 @@
 """Folders that appear whole or not at all, and the files that travel with a model's weights."""
 
 import errno
-import fcntl
 import os
 import shutil
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from silkie_jax.errors import UserError
+from silkie_jax.locks import lock
 
 # In DST.partial, where DST is made. A kill may come between any two system calls: whatever it leaves there is put in
 # order by whoever makes the same folder next.
@@ -64,20 +65,20 @@ def new_folder(dst: str | Path, *, replace: Collection[str] = ()) -> Iterator[Pa
 def _workshop(dst: Path) -> Iterator[Path]:
     """`DST.partial`, for this process alone; removed at the end unless something has to stay in it."""
     work = Path(os.path.abspath(dst) + ".partial")
-    lock = _enter(work, dst)
+    held = _enter(work, dst)
     try:
         yield work
     finally:
         with suppress(OSError):
             if os.listdir(work) == [_LOCK]:
                 (work / _LOCK).unlink()  # while it is held: who waits for it notices that it has no name any more
-        os.close(lock)
+        held.close()
         with suppress(OSError):  # something stays, or somebody else has come in
             work.rmdir()
 
 
-def _enter(work: Path, dst: Path) -> int:
-    """Makes `work` where it is not there, and returns the descriptor of its lock, which is held."""
+def _enter(work: Path, dst: Path) -> IO[str]:
+    """Makes `work` where it is not there, and returns its lock, which is held."""
     while True:
         try:
             names = os.listdir(work)
@@ -89,21 +90,13 @@ def _enter(work: Path, dst: Path) -> int:
             work.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"{work}: cannot be made ({e.strerror})") from None
-        try:
-            lock = os.open(work / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:
-            continue  # its last user has just removed it
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-        except (BlockingIOError, PermissionError):
-            os.close(lock)
-            raise UserError(f"{dst}: another process is writing it") from None
-        except OSError:  # a file system that has no locks
-            return lock
+        # Where its last user has just removed the folder, the file or its name is gone: once more.
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock), os.stat(work / _LOCK)):
-                return lock
-        os.close(lock)  # it was the lock of a folder that has just been removed
+            # A run of days must not fail at its end for a file system without locks.
+            held = lock(work / _LOCK, f"{dst}: another process is writing it", optional=True)
+            if (work / _LOCK).exists() and os.path.samestat(os.fstat(held.fileno()), os.stat(work / _LOCK)):
+                return held
+            held.close()
 
 
 def _occupied(dst: Path) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from silkie_jax import locks
 from silkie_jax.checkpoints import folders
 from silkie_jax.checkpoints.folders import new_folder
 from silkie_jax.errors import UserError
@@ -88,7 +89,7 @@ def test_where_files_cannot_be_locked_folders_are_made_all_the_same(dst, monkeyp
     def no_locks(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(folders.fcntl, "flock", no_locks)
+    monkeypatch.setattr(locks.fcntl, "flock", no_locks)
     replace(dst)
     assert found(dst) == "new"
 
