@@ -169,9 +169,11 @@ def _train(args: argparse.Namespace) -> None:
 
     config = load_config(args.config, args.overrides)
     _start_hosts(args)
+    from silkie_jax.hardware.programs import kept_programs
     from silkie_jax.training.loop import train
 
-    print(f"finished: {train(config, profile=args.profile)}")
+    with kept_programs(Path(config.run_dir) / "compiled"):
+        print(f"finished: {train(config, profile=args.profile)}")
 
 
 def _reference(args: argparse.Namespace) -> None:
@@ -179,9 +181,11 @@ def _reference(args: argparse.Namespace) -> None:
 
     config = load_config(args.config, args.overrides)
     _start_hosts(args)
+    from silkie_jax.hardware.programs import kept_programs
     from silkie_jax.scoring.reference import compute_reference
 
-    print(f"stored: {compute_reference(config)}")
+    with kept_programs(Path(config.run_dir) / "compiled"):
+        print(f"stored: {compute_reference(config)}")
 
 
 def _compile(args: argparse.Namespace) -> int:
@@ -197,17 +201,19 @@ def _compile(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> None:
+    from silkie_jax.hardware.programs import kept_programs, users_folder
     from silkie_jax.scoring.score import score
 
-    score(
-        args.model,
-        args.corpus,
-        Path(args.out),
-        adapter=args.adapter,
-        dtype=args.dtype,
-        batch_rows=args.batch_rows,
-        max_length=args.max_length,
-    )
+    with kept_programs(users_folder()):
+        score(
+            args.model,
+            args.corpus,
+            Path(args.out),
+            adapter=args.adapter,
+            dtype=args.dtype,
+            batch_rows=args.batch_rows,
+            max_length=args.max_length,
+        )
 
 
 def _chat(args: argparse.Namespace) -> None:

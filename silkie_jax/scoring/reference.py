@@ -1,15 +1,12 @@
 """`silkie reference`: the reference's log-probability of every response, stored beside the corpus."""
 
-import hashlib
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.experimental import multihost_utils
-from jaxtyping import Array, UInt
 from tqdm import tqdm
 
 from silkie_jax.checkpoints.weights import load_model
@@ -19,6 +16,7 @@ from silkie_jax.hardware.mesh import make_mesh, sharding_of
 from silkie_jax.models.qwen_vl.model import QwenVL
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.preference.rows import ROW_FORM
+from silkie_jax.scoring.fingerprints import weights_fingerprint
 from silkie_jax.scoring.scorer import Scorer
 from silkie_jax.scoring.store import Identity, ReferenceStore
 
@@ -91,30 +89,3 @@ def identity(config: Settings, model: QwenVL, tokenizer: Tokenizer, corpus: Corp
         "rows": f"{ROW_FORM}, max_length {config.max_length}, max_prompt_length {config.max_prompt_length}",
         "corpus": corpus.fingerprint,
     }
-
-
-def weights_fingerprint(model: QwenVL, dtype: jnp.dtype) -> str:
-    """A hash of the base weights as they are computed with, from two checksums of each made on the devices.
-
-    It takes one pass over memory, and is the same however the weights are stored or sharded. It tells checkpoints
-    apart; it is no defence against somebody who forges one.
-    """
-    digest = hashlib.sha256()
-    for path, variable in sorted(nnx.to_flat_state(nnx.state(model, nnx.Param)), key=lambda item: item[0]):
-        if not isinstance(variable, nnx.LoRAParam):
-            sums = [int(x) for x in _checksums(variable[...], dtype)]
-            digest.update(f"{'.'.join(map(str, path))} {variable.shape} {sums}\n".encode())
-    return digest.hexdigest()
-
-
-@partial(jax.jit, static_argnums=1)
-def _checksums(x: Array, dtype: jnp.dtype) -> tuple[UInt[Array, ""], UInt[Array, ""]]:
-    """Sums, modulo 2^32, of every element's bits mixed with its place."""
-    bits = jax.lax.bitcast_convert_type(x.astype(dtype), {2: jnp.uint16, 4: jnp.uint32}[dtype.itemsize])
-    place = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    mixed = bits.astype(jnp.uint32) ^ (place * jnp.uint32(0x9E3779B1))
-    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
-    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
-    return mixed.sum(dtype=jnp.uint32), (mixed ^ (mixed >> 16)).sum(dtype=jnp.uint32)

@@ -66,11 +66,18 @@ _FREE = re.compile(
 )
 
 
-def check_same_run(config: TrainConfig, path: Path) -> TrainConfig:
-    """The configuration that a run began with; refuses to continue it under another one, naming what differs."""
+_PLACES = ("model", "corpus", "adapter")
+
+
+def check_same_run(config: TrainConfig, path: Path, *, may_move: bool = False) -> TrainConfig:
+    """The configuration that a run began with; refuses to continue it under another one, naming what differs.
+
+    With `may_move` model, corpus and adapter may lie elsewhere: their contents are compared instead (run_file.py).
+    """
     began = make_config(read_yaml(path), str(path))
     before, now = (_flat(dataclasses.asdict(c)) for c in (began, config))
-    different = [k for k in now if before.get(k) != now[k] and not _FREE.match(k)]
+    moved = [k for k in _PLACES if may_move and before[k] and now[k]]
+    different = [k for k in now if before.get(k) != now[k] and not _FREE.match(k) and k not in moved]
     if different:
         changes = ", ".join(f"{k} was {before.get(k)!r} and is {now[k]!r}" for k in different)
         raise UserError(f"{path.parent} holds another run: {changes}; use a new run_dir or the old values")

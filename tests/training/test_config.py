@@ -1,5 +1,8 @@
 """Every mistake in a configuration is one line that names the key."""
 
+import dataclasses
+from functools import partial
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -163,6 +166,8 @@ def test_overrides_that_mean_nothing(file, override, message):
         ("checkpoint_every", 0, "checkpoint_every must be at least 1"),
         ("log_every", -1, "log_every must be at least 1"),
         ("workers", 0, "workers must be at least 1"),
+        ("seed", -1, "seed must be in [0, 2**32), not -1"),
+        ("seed", 2**32, "seed must be in [0, 2**32), not 4294967296"),
         ("epochs", 0, "epochs must be positive"),
         ("epochs", float("nan"), "epochs must be positive"),
         ("steps", 0, "steps must be at least 1"),
@@ -226,3 +231,14 @@ def test_only_what_changes_no_result_may_change_on_the_way(tmp_path):
     full = {"lora": None, "reference": "copy"}
     for values in ({"beta": 0.2}, full, {"corpus": "d"}, {"steps": 5, "epochs": None}, {"batch_rows": 8}):
         assert "holds another run" in refused(check_same_run, changed(**values), tmp_path / "config.yaml")
+
+
+def test_paths_may_change_where_contents_are_compared_instead(tmp_path):
+    before = make_config(GIVEN | {"adapter": "a"})
+    save_config(before, tmp_path / "config.yaml")
+    moved = dataclasses.replace(before, model="m2", corpus="c2", adapter="a2")
+    assert "model was" in refused(check_same_run, moved, tmp_path / "config.yaml")
+    check_same_run(moved, tmp_path / "config.yaml", may_move=True)
+    gone = dataclasses.replace(moved, adapter=None)
+    message = refused(partial(check_same_run, may_move=True), gone, tmp_path / "config.yaml")
+    assert "holds another run: adapter was 'a' and is None;" in message
