@@ -34,7 +34,7 @@ def test_commands_parse(command):
 
 def test_there_are_commands_for_every_verb():
     verbs = {shlex.split(command)[1] for command in commands()}
-    assert verbs == {"convert", "corpus", "train", "reference", "compile", "score", "export", "chat"}
+    assert verbs == {"convert", "corpus", "train", "reference", "compile", "score", "export", "chat", "serve"}
 
 
 def keys(cls, prefix: str = "") -> set[str]:

@@ -14,7 +14,7 @@ from silkie_jax.endpoints.budget import Budget, Estimate, check_prices, estimate
 from silkie_jax.endpoints.client import Client
 from silkie_jax.endpoints.journal import Journal
 from silkie_jax.endpoints.lanes import send_all
-from silkie_jax.endpoints.local import local_server
+from silkie_jax.endpoints.local import LocalServers
 from silkie_jax.endpoints.messages import Wire
 from silkie_jax.endpoints.progress import Progress
 from silkie_jax.endpoints.stopping import Stop
@@ -199,9 +199,10 @@ class _Clients(dict[str, Client]):
         super().__init__()
         self._stack = stack
         self._keys = keys
+        self._servers = LocalServers(stack)
 
     async def start(self, name: str, agent: Agent) -> None:
-        url = await self._stack.enter_async_context(local_server(agent, name)) if agent.local else None
+        url = await self._servers.url(agent, name) if agent.local else None
         self[name] = await self._stack.enter_async_context(Client(agent, self._keys.get(name), url))
 
 

@@ -1,12 +1,10 @@
 """Answering: a model, images and a question in, a reply out."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from silkie_jax.errors import UserError
+from silkie_jax.generation.defaults import read_defaults
 from silkie_jax.generation.engine import Engine
 from silkie_jax.generation.requests import Request
 from silkie_jax.loading import load
@@ -44,9 +42,9 @@ def answer(
     Raises:
       UserError: a file or an option that is not sound.
     """
-    defaults = _generation_config(Path(model_path))
+    defaults = read_defaults(model_path)
     if max_new_tokens is None:
-        max_new_tokens = int(defaults.get("max_new_tokens", 512))
+        max_new_tokens = defaults.max_new_tokens
     model, tokenizer = load(model_path, dtype=dtype, adapter=adapter)
     size = model.config.visual.image_size
     pixels = [read_image(path, size) for path in images]
@@ -57,20 +55,10 @@ def answer(
         pixels,
         max_new_tokens,
         temperature=0.0 if greedy else temperature,
-        top_p=float(defaults.get("top_p", 0.5)) if top_p is None else top_p,
+        top_p=defaults.top_p if top_p is None else top_p,
         stop=stop,
         seed=seed,
     )
     engine = Engine(model, slots=1, context=len(ids) + max(max_new_tokens, 1), images=len(images), own=True)
     ((_, completion),) = engine.run([request])
     return Reply(decode_reply(tokenizer, completion.tokens), completion.tokens)
-
-
-def _generation_config(folder: Path) -> dict[str, Any]:
-    path = folder / "generation_config.json"
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not readable as JSON ({e})") from None

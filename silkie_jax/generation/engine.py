@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from silkie_jax.errors import UserError
+from silkie_jax.generation.meters import Meters
 from silkie_jax.generation.programs import STOPS, Decoded, Lanes, Programs
 from silkie_jax.generation.requests import (
     CANCELLED,
@@ -40,34 +41,6 @@ from silkie_jax.nn.kept import Keeper
 _MEMORY_SHARE = 0.8  # of what the weights leave of a device's memory: for keys and values; the rest is for the programs
 _SLOTS_ON_CPU = 16
 _MOST_SLOTS = 128  # beyond it a decoding step is no longer bound by reading the weights
-
-
-@dataclass
-class Meters:
-    """What an engine has done so far.
-
-    prompts, prompt_tokens: computed, each once whatever its `n`. images: encoded; image_hits: found in the pool.
-    samples, tokens: finished completions, and ids of all. prefill_seconds includes encoding. busy: of the slots while
-    decoding, in slot-steps; steps: how many were computed.
-    """
-
-    prompts: int = 0
-    prompt_tokens: int = 0
-    images: int = 0
-    image_hits: int = 0
-    samples: int = 0
-    tokens: int = 0
-    steps: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-
-    def __str__(self) -> str:
-        seconds = self.prefill_seconds + self.decode_seconds
-        rate = self.tokens / seconds if seconds else 0.0
-        return (
-            f"{self.samples:,} replies, {self.tokens:,} tokens at {rate:.0f} tokens/s; {self.prompts:,} prompts of "
-            f"{self.prompt_tokens:,} tokens, {self.images:,} images encoded and {self.image_hits:,} taken again"
-        )
 
 
 @dataclass(eq=False)
@@ -108,11 +81,13 @@ class _Lane:
 
 @dataclass(frozen=True)
 class Event:
-    """News of one sample: the ids that came, and its completion once it has ended."""
+    """News of one sample: the ids that came with what is reported of each, and its completion once it has ended."""
 
     ticket: Ticket
     sample: int
     tokens: list[int]
+    logprobs: list[float]
+    top: list[list[tuple[int, float]]]
     completion: Completion | None
 
 
@@ -179,6 +154,15 @@ class Engine:
         self._lengths = _lengths(context)
 
     @property
+    def model(self) -> QwenVL:
+        """The model with its decoder's layers apart (`QwenVL.apart`), for whoever computes something else with it."""
+        return self._programs.model
+
+    @property
+    def kernel(self) -> Kernel:
+        return self._programs.kernel
+
+    @property
     def slots(self) -> int:
         return self._programs.count
 
@@ -228,22 +212,27 @@ class Engine:
         self._queue.append(ticket)
         return ticket
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Ends a request; its slots are free at once. What it got so far comes as cancelled completions."""
-        if ticket in self._queue:
-            self._queue.remove(ticket)
-        if ticket in self._started:
-            self._started.remove(ticket)
-        for sample in ticket.waiting:
-            self._news.append(Event(ticket, sample, [], Completion(sample, [], [], [], CANCELLED)))
+    def cancel(self, ticket: Ticket, sample: int | None = None) -> None:
+        """Ends a request, or one sample of it; its slots are free at once.
+
+        What it got so far comes as cancelled completions.
+        """
+
+        def gone(number: int, completion: Completion) -> None:
+            self._news.append(Event(ticket, number, [], [], [], completion))
+
+        for number in [n for n in ticket.waiting if sample in (None, n)]:
+            ticket.waiting.remove(number)
             ticket.done += 1
-        ticket.waiting.clear()
-        for number, lane in enumerate(self._lanes):
-            if lane is not None and lane.ticket is ticket:
-                self._news.append(Event(ticket, lane.sample, [], lane.completion(CANCELLED)))
-                self._lanes[number] = None
-                ticket.running -= 1
-                ticket.done += 1
+            gone(number, Completion(number, [], [], [], CANCELLED))
+        if not ticket.waiting and ticket in self._queue:
+            self._queue.remove(ticket)
+        if not ticket.waiting and ticket in self._started:
+            self._started.remove(ticket)
+        for slot, lane in enumerate(self._lanes):
+            if lane is not None and lane.ticket is ticket and sample in (None, lane.sample):
+                gone(lane.sample, lane.completion(CANCELLED))
+                self._end(slot, lane)
 
     def run(
         self, requests: Iterable[Request], done: Callable[[int], object] | None = None
@@ -447,10 +436,11 @@ class Engine:
                 lane.top.append(list(zip(ids, values, strict=True)))
                 lane.length += 1
                 finish = self._finish(lane)
-            tokens = lane.tokens[before:]
-            self.meters.tokens += len(tokens)
-            self._news.append(Event(lane.ticket, lane.sample, tokens, lane.completion(finish) if finish else None))
+            self.meters.tokens += len(lane.tokens) - before
+            news = lane.tokens[before:], lane.logprobs[before:], lane.top[before:]
+            self._news.append(Event(lane.ticket, lane.sample, *news, lane.completion(finish) if finish else None))
             if finish:
+                self.meters.samples += 1
                 self._end(number, lane)
 
     def _finish(self, lane: _Lane) -> str | None:
@@ -466,7 +456,6 @@ class Engine:
         self._lanes[slot] = None
         ticket.running -= 1
         ticket.done += 1
-        self.meters.samples += 1
         if ticket.waiting:  # the prompt is still in this slot
             self._start(ticket, slot)
         if not ticket.waiting and ticket in self._started:

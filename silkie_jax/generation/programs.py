@@ -114,6 +114,10 @@ class Programs:
         )
 
     @property
+    def model(self) -> QwenVL:
+        return nnx.merge(self._graph, self._state)
+
+    @property
     def compiled(self) -> int:
         """How many programs have been compiled so far."""
         jitted: Any = (self._encode, self._prefill, self._fork, self._decode)

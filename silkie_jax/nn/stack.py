@@ -15,13 +15,19 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) ->
 
 
 def scan(layers: nnx.Module, x: jax.Array, apply: Callable, wrap: Callable | None = None) -> jax.Array:
-    """x = apply(layer, x) over stacked layers, compiled once whatever the depth."""
-    graph, state = nnx.split(layers)
+    """x = apply(layer, x) over stacked layers, compiled once whatever the depth; or over those of `unstack`."""
+    stacked = not isinstance(layers, nnx.List)
+    graph, state = nnx.split(layers if stacked else layers[0])
 
     def body(x: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
         return apply(nnx.merge(graph, state), x), None
 
-    return jax.lax.scan(wrap(body) if wrap else body, x, state)[0]
+    body = wrap(body) if wrap else body
+    if stacked:
+        return jax.lax.scan(body, x, state)[0]
+    for layer in layers:
+        x, _ = body(x, nnx.state(layer))
+    return x
 
 
 def unstack(layers: nnx.Module, *, free: bool = False) -> list[nnx.Module]:

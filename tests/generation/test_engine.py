@@ -229,6 +229,30 @@ def test_cancelled_requests_leave_their_slots_to_others(pair):
     assert len(ended) == 5
 
 
+def test_one_sample_is_cancelled_alone(pair):
+    """One that runs and one that waits; the others get what they would have got."""
+    request = Request(pair.text(5), (), 12, temperature=1.0, seed=3, n=4)
+    engine = Engine(pair.model, context=64, slots=2, steps=4)
+    expected = {completion.sample: completion.tokens for _, completion in engine.run([request])}
+    ticket = engine.submit(request)
+    news = engine.step()
+    engine.cancel(ticket, 0)
+    engine.cancel(ticket, 3)
+    while not engine.idle:
+        news += engine.step()
+    ended = {event.sample: event.completion for event in news if event.completion}
+    assert {sample: completion.finish for sample, completion in ended.items()} == {
+        0: CANCELLED, 1: LENGTH, 2: LENGTH, 3: CANCELLED
+    }  # fmt: skip
+    assert {n: ended[n].tokens for n in (1, 2)} == {n: expected[n] for n in (1, 2)}
+    assert ended[0].tokens == expected[0][:4]
+    assert ticket.finished
+    # What is reported of each id comes with it.
+    pieces = [event for event in news if event.sample == 1]
+    assert [value for event in pieces for value in event.logprobs] == ended[1].logprobs
+    assert [token for event in pieces for token in event.tokens] == ended[1].tokens
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
