@@ -94,7 +94,9 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--topology", required=True, help="such as v5e:4x4, v5p:4x4x4, v6e:8x8, h100:8, h200:1, or cpu:8 for a dry run"
     )
-    p.add_argument("--tokens", type=int, default=1024, help="length that rows are padded to")
+    p.add_argument(
+        "--tokens", type=int, help="all rows are padded to this; default: the corpus's own, or published lengths"
+    )
     p.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
 
     p = verb(verbs, "score", _score, "Log-probability of every response of a corpus, as training sees it.")
@@ -210,13 +212,13 @@ def _reference(args: argparse.Namespace) -> None:
 
 
 def _compile(args: argparse.Namespace) -> int:
-    from silkie_jax.forecast.forecast import Lengths, forecast
+    from silkie_jax.forecast.forecast import forecast
     from silkie_jax.hardware.topologies import prepare
     from silkie_jax.training.config_file import load_config
 
     config = load_config(args.config, args.overrides)
     prepare(args.topology)
-    found = forecast(config, args.topology, Lengths.of(args.tokens))
+    found = forecast(config, args.topology, args.tokens, say=partial(print, file=sys.stderr, flush=True))
     print(json.dumps(found.as_dict()) if args.json else "\n".join(found.lines(config.epochs or 1)))
     return 0 if found.fits else 1
 

@@ -38,6 +38,7 @@ class Settings(Protocol):
     max_length: int
     max_prompt_length: int | None
     batch_rows: int
+    batch_tokens: int | None
     workers: int
     attention: str
 
@@ -61,6 +62,7 @@ def compute_reference(config: Settings) -> Path:
         tokenizer,
         mesh,
         batch_rows=config.batch_rows,
+        batch_tokens=config.batch_tokens,
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
         workers=config.workers,

@@ -68,6 +68,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     batch_rows: int = 16  # instructions that go through the model at once, over all devices
     accumulate: int = 1  # such batches for one update
+    batch_tokens: int | None = None  # most tokens that do so, padding included: of longer rows fewer go at once
     batch_pairs: int | None = None  # most pairs of an update; rows that would exceed it wait for the next one
     pack: int | None = None  # tokens up to which short rows are packed into one sequence; null: a row a sequence
     epochs: float | None = None  # None: 3, unless `steps` is given
@@ -137,7 +138,7 @@ def _check(config: TrainConfig, where: str) -> None:
     one_of("on_nonfinite", config.on_nonfinite, ON_NONFINITE)
     for key in ("batch_rows", "accumulate", "checkpoint_every", "keep_checkpoints", "evaluate_every", "log_every"):
         need(getattr(config, key) >= 1, f"{key} must be at least 1, not {getattr(config, key)}")
-    for key in ("batch_pairs", "pack"):
+    for key in ("batch_tokens", "batch_pairs", "pack"):
         value = getattr(config, key)
         need(value is None or value >= 1, f"{key} must be at least 1, or null, not {value}")
     need(config.batch_pairs is None or config.objective == "dpo", "batch_pairs has no meaning in objective sft")

@@ -62,7 +62,8 @@ def save_config(config: TrainConfig, path: Path) -> None:
 
 # Keys that may differ between the parts of one run: they do not change what is computed.
 _FREE = re.compile(
-    r"^(run_dir|workers|log_every|evaluate_every|checkpoint_every|keep_checkpoints|on_nonfinite|wandb|mesh\..*|remat|attention)$"
+    r"^(run_dir|workers|log_every|evaluate_every|checkpoint_every|keep_checkpoints|on_nonfinite|wandb|mesh\..*"
+    r"|batch_tokens|remat|attention)$"
 )
 
 

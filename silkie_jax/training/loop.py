@@ -54,7 +54,7 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
     contents |= loaded_contents(config, policy)
     check_contents(run, config, contents)
     data.use_reference(stored_reference(config, policy, tokenizer, corpus))
-    steps = config.steps or data.train.plan.steps_of(config.epochs or 1)
+    steps = config.steps or data.train.grid.plan.steps_of(config.epochs or 1)
     program = Program(config, policy.config, mesh, steps, policy)
     trainer = Trainer(program, program.start(policy))
     del policy
@@ -103,8 +103,9 @@ def run_steps(
 ) -> int:
     """The loop itself; returns the number of updates done, which is short of all where a stop was asked for."""
     program, config = trainer.program, trainer.program.config
-    data.train.shapes(range(program.steps))  # fixes one shape a length, the same at whatever step a run resumes
-    trainer.compile(data.train.shapes(range(done, program.steps)), metrics.say)
+    grid = data.train.grid
+    grid.shapes(range(program.steps))  # fixes one shape a length, the same at whatever step a run resumes
+    trainer.compile(grid.shapes(range(done, program.steps)), metrics.say)
     meters, guard, trace = Meters(program), Guard(config, checkpoints), Trace(Path(config.run_dir), done, profile)
     step = done
     for step, batch in enumerate(meters.waiting(data.train.iterate(done, program.steps, config.workers)), done + 1):

@@ -24,7 +24,8 @@ from silkie_jax.models.qwen_vl.config import QwenVLConfig
 from silkie_jax.models.qwen_vl.model import QwenVL
 from silkie_jax.models.qwen_vl.names import leaves
 from silkie_jax.nn.lora import add_lora, linears
-from silkie_jax.preference.batches import Batch, Shape
+from silkie_jax.preference.batches import Batch
+from silkie_jax.preference.grid import Shape
 from silkie_jax.training.config import LoraConfig, TrainConfig
 from silkie_jax.training.step import (
     Objective,
@@ -121,9 +122,11 @@ class Program:
             sizes["images"] = ((shape.images, side, side, 3), jnp.uint8)
         if self.config.reference == "precomputed":
             sizes["reference_logps"] = ((shape.branches,), jnp.float32)
-        lead = (self.config.accumulate, shape.sequences)
         where = batch_sharding(self.mesh, leading=1)
-        return {k: jax.ShapeDtypeStruct((*lead, *s), t, sharding=where) for k, (s, t) in sizes.items()}
+        return {
+            k: jax.ShapeDtypeStruct((shape.batches, shape.sequences, *s), t, sharding=where)
+            for k, (s, t) in sizes.items()
+        }
 
     def lower(self, shape: Shape) -> jax.stages.Lowered:
         """The training step for batches of this shape, ready to be compiled."""
@@ -156,8 +159,7 @@ class Trainer:
         for number, shape in enumerate(todo, start=1):
             began = time.monotonic()
             self._compiled[shape] = self.program.lower(shape).compile()
-            lengths = f"{shape.sequences} x {shape.tokens} tokens"
-            say(f"compiled {number} of {len(todo)}: {lengths}, {time.monotonic() - began:.1f} s")
+            say(f"compiled {number} of {len(todo)}: {shape}, {time.monotonic() - began:.1f} s")
 
     def update(self, batch: Batch) -> dict[str, jax.Array]:
         """One update; returns the step's metrics, still on the devices."""

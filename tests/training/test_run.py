@@ -152,8 +152,12 @@ def test_evaluation_is_the_mean_over_the_held_out_pairs(run, base, corpus, tmp_p
 
 @pytest.mark.parametrize(
     "values",
-    [{"batch_rows": 1, "accumulate": 3}, {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}, "remat": "full", "workers": 1}],
-    ids=["accumulated", "on eight devices"],
+    [
+        {"batch_rows": 1, "accumulate": 3},
+        {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}, "remat": "full", "workers": 1},
+        {"batch_tokens": 512},
+    ],
+    ids=["accumulated", "on eight devices", "two rows at once"],
 )
 def test_the_same_metrics(run, base, tmp_path, values):
     again = train(make_config(base | values | {"run_dir": str(tmp_path / "run")}))
