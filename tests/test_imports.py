@@ -21,7 +21,7 @@ ALLOWED = {
     "silkie_jax.preference": {"corpus", "models", "nn", "hardware"},
     "silkie_jax.scoring": {*_BELOW, "preference"},
     "silkie_jax.generation": {*_BELOW, "loading"},
-    "silkie_jax.serving": {*_BELOW, "loading", "generation", "scoring", "preference"},
+    "silkie_jax.serving": {*_BELOW, "image_limits", "loading", "generation", "scoring", "preference"},
     "silkie_jax.training": {*_BELOW, "yaml_files", "preference", "scoring", "generation"},
     "silkie_jax.forecast": {*_BELOW, "preference", "training"},
     "silkie_jax.endpoints": {"yaml_files", "image_limits"},
