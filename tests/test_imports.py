@@ -95,6 +95,11 @@ def test_model_objective_and_step_need_little():
     assert names & others == set()
 
 
+def test_only_serving_needs_a_server():
+    names = imported("import silkie_jax.cli, silkie_jax.generation.engine; silkie_jax.cli.make_parser()")
+    assert names & {"starlette", "uvicorn", "openai"} == set()
+
+
 @pytest.mark.parametrize(
     "code",
     [

@@ -163,6 +163,13 @@ def test_requests_leave_nothing_behind(start):
     assert "Traceback" not in server.errors.read_text()
 
 
+def test_what_is_missing_can_be_installed(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "silkie_jax.serving.serve")
+    assert cli.main(["serve", "model"]) == 1
+    assert capsys.readouterr().err == "silkie: serving a model needs uvicorn: pip install 'silkie-jax[serve]'\n"
+
+
 def test_mistakes_are_one_line(capsys, checkpoint, tmp_path, monkeypatch):
     def said(*arguments):
         assert cli.main(["serve", *map(str, arguments)]) == 1

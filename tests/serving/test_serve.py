@@ -13,12 +13,14 @@ import numpy as np
 import openai
 import pytest
 
+from silkie_jax import load, read_image
 from silkie_jax.corpus import Record, Response
 from silkie_jax.generation.generate import generate
 from silkie_jax.models.qwen_vl.chat import chat_prompt, decode_reply
+from silkie_jax.scoring.score import score
 from silkie_jax.serving.limits import Limits
 from tests.serving.conftest import CONTEXT, SLOTS, data_url, user
-from tests.training.support import image_bytes
+from tests.training.support import image_bytes, read_lines, write_corpus
 
 
 def client(server, **options):
@@ -78,8 +80,6 @@ def questions(server, served):
 @pytest.mark.parametrize("images", [(), (1,)])
 def test_the_answer_is_that_of_generate(served, server, images):
     tokens = chat_prompt(served.tokenizer, "What is this?", len(images)).tokens
-    from silkie_jax import load, read_image
-
     model, _ = load(server.checkpoint)
     pixels = np.stack([read_image(image_bytes(n), served.image_size) for n in images]) if images else None
     stop = (served.tokenizer.im_end, served.tokenizer.im_start)
@@ -181,17 +181,20 @@ def test_a_reply_is_continued(server, served):
     assert found["choices"][0]["message"]["content"] == text
 
 
-def test_log_probabilities_of_texts_are_the_scorers(server, served, tmp_path):
+def test_log_probabilities_of_texts_are_those_of_score(server, tmp_path):
+    """Of its own model on layers that are stacked, by `silkie score` on a corpus of the same record."""
     texts = ("A red circle.", "No.", "", "图片")
-    pictures = (image_bytes(1), image_bytes(2))
-    record = Record("r", pictures, "What is in the pictures?", tuple(map(Response, texts)))
-    (expected,) = served.scorer([record])
+    record = Record("r", (image_bytes(1), image_bytes(2)), "What is in the pictures?", tuple(map(Response, texts)))
+    score(server.checkpoint, write_corpus(tmp_path / "corpus", [record]), tmp_path / "scores.jsonl")
+    expected = read_lines(tmp_path / "scores.jsonl")
     body = {"prompt": record.prompt, "images": [data_url(1), data_url(2)], "texts": texts}
     found = post(server, "/v1/logprobs", json=body).json()
-    np.testing.assert_allclose([entry["logprob"] for entry in found["data"]], expected.logps, rtol=1e-6)
-    assert [entry["index"] for entry in found["data"]] == [0, 1, 2, 3]
-    assert sum(entry["tokens"] for entry in found["data"]) == len(expected.row.labels)
-    assert found["usage"]["total_tokens"] == len(expected.row.tokens)
+    assert [entry["index"] for entry in found["data"]] == [line["response"] for line in expected]
+    assert [entry["tokens"] for entry in found["data"]] == [line["tokens"] for line in expected]
+    np.testing.assert_allclose(
+        [entry["logprob"] for entry in found["data"]], [line["logp"] for line in expected], rtol=2e-6
+    )
+    assert found["usage"]["total_tokens"] > found["usage"]["prompt_tokens"] > 2 * 256
 
 
 def test_models_and_health(server):
