@@ -8,10 +8,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from silkie_jax.errors import UserError
+from silkie_jax.hardware.distributed import as_the_first_host, on_all_hosts, together
 from silkie_jax.hardware.mesh import BATCH, RULES
 from silkie_jax.nn.attention import PADDING, PLAIN, Kernel
 from silkie_jax.nn.flash import FLASH
@@ -51,34 +51,24 @@ def sound_kernel(
     names = CANDIDATES[platform] if name == "auto" else (name,)
     kernels = [attention_kernel(n, dtype, mesh) for n in names if n != "cudnn" or name == n or dtype == "bfloat16"]
     wrong = [_what_is_wrong(kernel, jnp.dtype(dtype)) for kernel in kernels]
-    for kernel, why in zip(kernels, wrong, strict=True):
-        if why and name != "auto":
-            raise UserError(f"attention: {name} is not sound on this machine: {why}; use attention=plain")
-        if why:
-            say(f"attention: {kernel.name} is not sound on this machine and is left out: {why}")
+    with together():
+        for kernel, why in zip(kernels, wrong, strict=True):
+            if why and name != "auto":
+                raise UserError(f"attention: {name} is not sound on this machine: {why}; use attention=plain")
+            if why:
+                say(f"attention: {kernel.name} is not sound on this machine and is left out: {why}")
     # All hosts must take the same one: what is sound on each of them, and of these what the first one chooses.
-    sound = _on_all_hosts([not why for why in wrong])
+    sound = on_all_hosts([not why for why in wrong])
     choices = [kernel for kernel, ok in zip(kernels, sound, strict=True) if ok]
-    if not choices or before == "plain":
-        best = -1
-    elif before in (known := [kernel.name for kernel in choices]):
-        best = known.index(before)
-    else:
-        best = _fastest(choices, jnp.dtype(dtype), say) if len(choices) > 1 else 0
-    best = _as_the_first_host(best)
+    with together():
+        if not choices or before == "plain":
+            best = -1
+        elif before in (known := [kernel.name for kernel in choices]):
+            best = known.index(before)
+        else:
+            best = _fastest(choices, jnp.dtype(dtype), say) if len(choices) > 1 else 0
+    best = as_the_first_host(best)
     return choices[best] if best >= 0 else attention_kernel("plain", dtype, mesh)
-
-
-def _on_all_hosts(flags: list[bool]) -> list[bool]:
-    """Which of the flags hold on every host."""
-    if jax.process_count() == 1:
-        return flags
-    gathered = np.asarray(multihost_utils.process_allgather(np.array(flags)))
-    return [bool(host.all()) for host in gathered.reshape(-1, len(flags)).T]
-
-
-def _as_the_first_host(number: int) -> int:
-    return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def _platform(mesh: Mesh) -> str:

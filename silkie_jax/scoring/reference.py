@@ -1,6 +1,7 @@
 """`silkie reference`: the reference's log-probability of every response, stored beside the corpus."""
 
 import hashlib
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -14,10 +15,12 @@ from tqdm import tqdm
 
 from silkie_jax.checkpoints.weights import load_model
 from silkie_jax.corpus import CorpusReader
+from silkie_jax.hardware.distributed import together
 from silkie_jax.hardware.kernel import sound_kernel
 from silkie_jax.hardware.mesh import make_mesh, sharding_of
 from silkie_jax.models.qwen_vl.model import QwenVL
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
+from silkie_jax.nn.lora import linears
 from silkie_jax.preference.rows import ROW_FORM
 from silkie_jax.scoring.scorer import Scorer
 from silkie_jax.scoring.store import Identity, ReferenceStore
@@ -35,6 +38,7 @@ class Settings(Protocol):
     """What a training configuration says about its reference: what it depends on, and how it is computed."""
 
     model: str
+    adapter: str | None
     corpus: str
     dtype: str
     max_length: int
@@ -51,13 +55,15 @@ class Settings(Protocol):
 def compute_reference(config: Settings) -> Path:
     """Computes what is missing of the reference's log-probabilities and returns their folder.
 
-    The reference is the base model: with LoRA the adapter is off, without it these are the weights training starts
-    from. What is done is kept; the same command continues.
+    The reference is the policy as training starts: the model, with the adapter that the configuration names, if any. (A
+    new adapter changes nothing yet.) What is done is kept; the same command continues.
     """
     main = jax.process_index() == 0
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    corpus, tokenizer = CorpusReader(config.corpus), Tokenizer.from_folder(config.model)
-    model = load_model(config.model, dtype=config.dtype, sharding_of=partial(sharding_of, mesh))
+    with together():
+        corpus, tokenizer = CorpusReader(config.corpus), Tokenizer.from_folder(config.model)
+        where = partial(sharding_of, mesh)
+        model = load_model(config.model, dtype=config.dtype, adapter=config.adapter, sharding_of=where)
     store = ReferenceStore(corpus.path, identity(config, model, tokenizer, corpus), len(corpus))
     scorer = Scorer(
         model,
@@ -78,15 +84,17 @@ def compute_reference(config: Settings) -> Path:
     with tqdm(total=rows, desc="reference", unit="row", disable=not main) as bar:
         for part in missing:
             scored = scorer(corpus.batch(store.range(part)))
-            if main:
-                store.write(part, [s.logps for s in scored])
+            with together():
+                if main:
+                    store.write(part, [s.logps for s in scored])
             bar.update(len(scored))
     return store.folder
 
 
 def identity(config: Settings, model: QwenVL, tokenizer: Tokenizer, corpus: CorpusReader) -> Identity:
-    """What the reference's log-probabilities depend on; adapters of `model` do not count."""
-    return {
+    """What the reference's log-probabilities depend on; a new adapter of `model` does not count."""
+    adapter = {"adapter": adapter_fingerprint(model)} if config.adapter else {}
+    return adapter | {
         "weights": weights_fingerprint(model, jnp.dtype(config.dtype)),
         "dtype": config.dtype,
         "tokenizer": tokenizer.fingerprint,
@@ -101,11 +109,22 @@ def weights_fingerprint(model: QwenVL, dtype: jnp.dtype) -> str:
     It takes one pass over memory, and is the same however the weights are stored or sharded. It tells checkpoints
     apart; it is no defence against somebody who forges one.
     """
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return _digest(((path, x) for path, x in flat if not isinstance(x, nnx.LoRAParam)), dtype)
+
+
+def adapter_fingerprint(model: QwenVL) -> str:
+    """The same of the adapter's factors, and of what they are scaled by."""
+    scales = {name: linear.lora_scale for name, linear in linears(model.language.layers) if linear.lora_a is not None}
+    factors = _digest(nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)), jnp.dtype("float32"))
+    return hashlib.sha256(f"{factors} {sorted(scales.items())}".encode()).hexdigest()
+
+
+def _digest(variables: Iterable[tuple[tuple, nnx.Variable]], dtype: jnp.dtype) -> str:
     digest = hashlib.sha256()
-    for path, variable in sorted(nnx.to_flat_state(nnx.state(model, nnx.Param)), key=lambda item: item[0]):
-        if not isinstance(variable, nnx.LoRAParam):
-            sums = [int(x) for x in _checksums(variable[...], dtype)]
-            digest.update(f"{'.'.join(map(str, path))} {variable.shape} {sums}\n".encode())
+    for path, variable in sorted(variables, key=lambda item: item[0]):
+        sums = [int(x) for x in _checksums(variable[...], dtype)]
+        digest.update(f"{'.'.join(map(str, path))} {variable.shape} {sums}\n".encode())
     return digest.hexdigest()
 
 
