@@ -7,9 +7,13 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_prep.cli import add_verbs as add_corpus_verbs
 from silkie_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from silkie_jax.training.config import TrainConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,10 +157,14 @@ def _add_hosts(p: argparse.ArgumentParser) -> None:
     hosts.add_argument("--process", type=int, metavar="K", help="this one's number, from 0")
 
 
-def _start_hosts(args: argparse.Namespace) -> None:
-    from silkie_jax.hardware.distributed import start
+def _join_hosts(args: argparse.Namespace) -> "TrainConfig":
+    """Meets the other hosts, then reads the configuration: one that cannot tells the others."""
+    from silkie_jax.hardware.distributed import start, together
+    from silkie_jax.training.config_file import load_config
 
     start(args.coordinator, args.processes, args.process)
+    with together():
+        return load_config(args.config, args.overrides)
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -188,10 +196,7 @@ def _corpus_import(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from silkie_jax.training.config_file import load_config
-
-    config = load_config(args.config, args.overrides)
-    _start_hosts(args)
+    config = _join_hosts(args)
     from silkie_jax.hardware.programs import kept_programs
     from silkie_jax.training.loop import train
 
@@ -200,10 +205,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _reference(args: argparse.Namespace) -> None:
-    from silkie_jax.training.config_file import load_config
-
-    config = load_config(args.config, args.overrides)
-    _start_hosts(args)
+    config = _join_hosts(args)
     from silkie_jax.hardware.programs import kept_programs
     from silkie_jax.scoring.reference import compute_reference
 

@@ -68,7 +68,10 @@ def test_described_defaults_are_the_defaults():
             default = defaults
             for part in key.split("."):
                 default = getattr(default, part)
-            if isinstance(default, int | float):
+            if isinstance(default, bool):
+                assert value.strip() == str(default).lower(), key
+                compared += 1
+            elif isinstance(default, int | float):
                 assert float(value) == default, key
                 compared += 1
             elif isinstance(default, str):

@@ -11,12 +11,13 @@ from tqdm import tqdm
 
 from silkie_jax.checkpoints.weights import load_model
 from silkie_jax.corpus import CorpusReader
+from silkie_jax.hardware.distributed import together
 from silkie_jax.hardware.kernel import sound_kernel
 from silkie_jax.hardware.mesh import make_mesh, sharding_of
 from silkie_jax.models.qwen_vl.model import QwenVL
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.preference.rows import ROW_FORM
-from silkie_jax.scoring.fingerprints import weights_fingerprint
+from silkie_jax.scoring.fingerprints import adapter_fingerprint, weights_fingerprint
 from silkie_jax.scoring.scorer import Scorer
 from silkie_jax.scoring.store import Identity, ReferenceStore
 
@@ -33,6 +34,7 @@ class Settings(Protocol):
     """What a training configuration says about its reference: what it depends on, and how it is computed."""
 
     model: str
+    adapter: str | None
     corpus: str
     dtype: str
     max_length: int
@@ -49,13 +51,15 @@ class Settings(Protocol):
 def compute_reference(config: Settings) -> Path:
     """Computes what is missing of the reference's log-probabilities and returns their folder.
 
-    The reference is the base model: with LoRA the adapter is off, without it these are the weights training starts
-    from. What is done is kept; the same command continues.
+    The reference is the policy as training starts: the model, with the adapter that the configuration names, if any. (A
+    new adapter changes nothing yet.) What is done is kept; the same command continues.
     """
     main = jax.process_index() == 0
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    corpus, tokenizer = CorpusReader(config.corpus), Tokenizer.from_folder(config.model)
-    model = load_model(config.model, dtype=config.dtype, sharding_of=partial(sharding_of, mesh))
+    with together():
+        corpus, tokenizer = CorpusReader(config.corpus), Tokenizer.from_folder(config.model)
+        where = partial(sharding_of, mesh)
+        model = load_model(config.model, dtype=config.dtype, adapter=config.adapter, sharding_of=where)
     store = ReferenceStore(corpus.path, identity(config, model, tokenizer, corpus), len(corpus))
     scorer = Scorer(
         model,
@@ -76,15 +80,17 @@ def compute_reference(config: Settings) -> Path:
     with tqdm(total=rows, desc="reference", unit="row", disable=not main) as bar:
         for part in missing:
             scored = scorer(corpus.batch(store.range(part)))
-            if main:
-                store.write(part, [s.logps for s in scored])
+            with together():
+                if main:
+                    store.write(part, [s.logps for s in scored])
             bar.update(len(scored))
     return store.folder
 
 
 def identity(config: Settings, model: QwenVL, tokenizer: Tokenizer, corpus: CorpusReader) -> Identity:
-    """What the reference's log-probabilities depend on; adapters of `model` do not count."""
-    return {
+    """What the reference's log-probabilities depend on; a new adapter of `model` does not count."""
+    adapter = {"adapter": adapter_fingerprint(model) or ""} if config.adapter else {}
+    return adapter | {
         "weights": weights_fingerprint(model, jnp.dtype(config.dtype)),
         "dtype": config.dtype,
         "tokenizer": tokenizer.fingerprint,

@@ -50,7 +50,18 @@ def _parse_override(item: str) -> Any:
 
 def make_config(given: Any, where: str = "config") -> TrainConfig:
     """The checked configuration from a (nested) mapping."""
-    return complete(make(given, TrainConfig, where, interpolate=True), where)
+    config = make(given, TrainConfig, where, interpolate=True)
+    if config.adapter and config.reference is None:
+        config.reference = _reference_it_began_with(Path(config.run_dir, "config.yaml"))
+    return complete(config, where)
+
+
+def _reference_it_began_with(path: Path) -> str | None:
+    """adapter_off of a run that began when this was the default with an adapter, too: it continues with it."""
+    if not path.is_file():
+        return None
+    began = read_yaml(path)
+    return "adapter_off" if began.get("adapter") and began.get("reference") == "adapter_off" else None
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
@@ -62,7 +73,7 @@ def save_config(config: TrainConfig, path: Path) -> None:
 
 # Keys that may differ between the parts of one run: they do not change what is computed.
 _FREE = re.compile(
-    r"^(run_dir|workers|log_every|evaluate_every|checkpoint_every|keep_checkpoints|on_nonfinite|wandb|mesh\..*"
+    r"^(run_dir|workers|log_every|evaluate_every|evaluate_at_start|checkpoint_every|keep_checkpoints|on_nonfinite|wandb|mesh\..*"
     r"|batch_tokens|remat|attention)$"
 )
 

@@ -93,6 +93,7 @@ def open_data(config: TrainConfig, mesh: Mesh, corpus: CorpusReader, tokenizer: 
     )
     evaluation = None
     if len(held):
+        held = held[np.argsort(sizes[held, 0], kind="stable")]  # so that little of a batch is padding
         plan = Plan(sizes[held], config.batch_rows, seed=None)
         evaluation = make(held, make_grid(config, mesh, plan, accumulate=1))
     plan = Plan(sizes[train], config.batch_rows * config.accumulate, config.batch_pairs, config.seed)

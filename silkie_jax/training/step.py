@@ -21,6 +21,8 @@ from silkie_jax.preference.losses import LOSSES, LossOptions, make_pairs
 
 Arrays = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
+MARGINS = ("margins/square", "margins/labels")
+"""Of each pair, the mean: the squared margin and the labels of both responses, for the check of a start (start.py)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Step:
             return jax.tree.map(jnp.add, sums, more), None
 
         sums, _ = jax.lax.scan(add, self._no_sums(trainable, frozen, reference, batch, branches), batch)
-        return sums, self._weight(batch)
+        return {name: value for name, value in sums.items() if name not in MARGINS}, self._weight(batch)
 
     def _no_sums(
         self,
@@ -189,6 +191,7 @@ class Step:
         chosen, rejected = options.beta * pairs.chosen_log_ratio, options.beta * pairs.rejected_log_ratio
         return loss, {
             "loss": loss,
+            **dict(zip(MARGINS, (add(jnp.square(pairs.margin)), add(pairs.labels)), strict=True)),
             "rewards/chosen": add(chosen),
             "rewards/rejected": add(rejected),
             "rewards/accuracies": add((chosen > rejected).astype(jnp.float32)),

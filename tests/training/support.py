@@ -25,7 +25,7 @@ from silkie_jax.preference.counts import Work
 from silkie_jax.preference.grid import Shape, make_shape, round_up
 from silkie_jax.preference.layout import row_sizes
 from silkie_jax.preference.rows import Row, make_row
-from silkie_jax.training.step import Objective, Step, trainable_filter
+from silkie_jax.training.step import MARGINS, Objective, Step, trainable_filter
 
 SIDE = 28  # of the tiny model's images: four patches
 SIZES = {
@@ -175,7 +175,7 @@ class Steps:
             trainable, state, self.frozen, self.reference, batch, branches=branches_of(arrays)
         )
         assert not float(metrics.pop("skipped"))
-        return {k: float(v) for k, v in metrics.items()}, by_path(gradients)
+        return {k: float(v) for k, v in metrics.items() if k not in MARGINS}, by_path(gradients)
 
 
 def branches_of(arrays: dict[str, np.ndarray]) -> int:

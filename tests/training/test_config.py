@@ -38,6 +38,8 @@ def test_defaults_are_the_papers_recipe():
 def test_what_follows_from_other_keys():
     assert make_config(GIVEN | {"lora": None}).reference == "copy"
     assert make_config(GIVEN | {"train_vision": "resampler"}).reference == "copy"
+    assert make_config(GIVEN | {"adapter": "a"}).reference == "copy"  # and not the base under it
+    assert make_config(GIVEN | {"adapter": "a", "reference": "adapter_off"}).reference == "adapter_off"
     assert make_config(GIVEN | {"objective": "sft"}).reference is None
     assert make_config(GIVEN | {"optimizer": {"schedule": "constant"}}).optimizer.warmup_ratio == 0
     assert make_config(GIVEN | {"steps": 5}).epochs is None
@@ -165,6 +167,9 @@ def test_overrides_that_mean_nothing(file, override, message):
         ("accumulate", 0, "accumulate must be at least 1"),
         ("checkpoint_every", 0, "checkpoint_every must be at least 1"),
         ("log_every", -1, "log_every must be at least 1"),
+        ("evaluate_every", -1, "evaluate_every must be at least 1, or 0 for never, not -1"),
+        ("evaluate_at_start", "often", "evaluate_at_start"),
+        ("batch_tokens", 0, "batch_tokens must be at least 1, or null, not 0"),
         ("workers", 0, "workers must be at least 1"),
         ("seed", -1, "seed must be in [0, 2**32), not -1"),
         ("seed", 2**32, "seed must be in [0, 2**32), not 4294967296"),
@@ -223,6 +228,7 @@ def test_only_what_changes_no_result_may_change_on_the_way(tmp_path):
 
     free = {"workers": 4, "log_every": 1, "evaluate_every": 7, "checkpoint_every": 3, "keep_checkpoints": 9}
     free |= {"mesh": {"data": 2}, "remat": "none", "run_dir": "moved", "wandb": "w"}
+    free |= {"batch_tokens": 4096, "evaluate_at_start": True}
     check_same_run(changed(**free), tmp_path / "config.yaml")
     message = refused(check_same_run, changed(seed=1, lora={"rank": 8}), tmp_path / "config.yaml")
     assert "seed was 0 and is 1" in message

@@ -141,7 +141,7 @@ def test_evaluation_is_the_mean_over_the_held_out_pairs(run, base, corpus, tmp_p
     records = [CorpusReader(corpus)[int(i)] for i in held]
     same = write_corpus(tmp_path / "held", records)
     values = {"corpus": str(same), "evaluation_fraction": 0, "steps": 1, "batch_rows": 1, "accumulate": 3}
-    values |= {"adapter": str(run / "adapter"), "lora": {"rank": 2, "alpha": 4}}
+    values |= {"adapter": str(run / "adapter"), "lora": {"rank": 2, "alpha": 4}, "reference": "adapter_off"}
     (line,) = metrics(train(make_config(base | values | {"run_dir": str(tmp_path / "run")})))
     evaluated = {k.removeprefix("eval_"): v for k, v in metrics(run)[-1].items() if k.startswith("eval_")}
     assert {name: line[name] for name in evaluated} == pytest.approx(evaluated, rel=1e-4, abs=1e-5)
