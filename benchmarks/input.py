@@ -24,6 +24,7 @@ from silkie_jax.corpus import CorpusReader, Record, Response
 from silkie_jax.corpus.shards import CorpusBuilder
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.preference.batches import BatchSource, RowOptions
+from silkie_jax.preference.grid import Grid
 from silkie_jax.preference.layout import lay_out
 from silkie_jax.preference.plan import Plan
 
@@ -88,11 +89,9 @@ def main() -> None:
         began = time.perf_counter()
         layout = lay_out(corpus, lambda record: options.row(tokenizer, record), options.key(corpus, tokenizer))
         once = (time.perf_counter() - began) / args.rows
-        plan = Plan(layout.sizes, args.batch)
+        grid = Grid(Plan(layout.sizes, args.batch), rows=args.batch)
         everything = np.arange(args.rows)
-        source = BatchSource(
-            corpus, everything, plan, tokenizer, options, image_size=args.side, rows=args.batch, layout=layout
-        )
+        source = BatchSource(corpus, everything, grid, tokenizer, options, image_size=args.side, layout=layout)
         images = [record.images[0] for record in corpus]
 
         def pillow(data: bytes) -> np.ndarray:

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import keep
 
@@ -26,6 +27,17 @@ MACHINES = {
 }
 
 
+def memory_of(program: dict[str, Any]) -> str:
+    """A compiled shape and what it needs."""
+    shape = program["shape"]
+    about = f"{program['name']}, {shape['batches']} x {shape['sequences']} x {shape['tokens']}: "
+    if program["refused"]:
+        return f"{about}DOES NOT FIT"
+    gib = [program[f"{kind}_bytes"] / 2**30 for kind in ("argument", "temporary", "peak", "memory")]
+    verdict = "" if program["fits"] else " DOES NOT FIT"
+    return f"{about}{gib[0]:.2f}, {gib[1]:.2f}, {gib[2]:.2f} / {gib[3]:.0f}{verdict}"
+
+
 def main() -> None:
     """Compiles all and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -33,7 +45,7 @@ def main() -> None:
     parser.add_argument("--out", help="a file, or `results` for benchmarks/results")
     args = parser.parse_args()
     lines = [
-        "| config | chips | rows a step | GiB a chip: arguments, temporaries, peak / has | compile, s | "
+        "| config | chips | rows a step | shape: GiB a chip: arguments, temporaries, peak / has | compile, s | "
         "received by a chip a step, GB | forecast: s a step, instructions/s, hours for 3 epochs |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -45,13 +57,14 @@ def main() -> None:
             lines.append(f"| {name} ({MACHINES[name]}) | {why} | | | | | |")
             continue
         found = json.loads(done.stdout)
-        gib = [found[f"{kind}_bytes"] / 2**30 for kind in ("argument", "temporary", "peak", "memory")]
+        programs = found["compiled"]
         rate = found["instructions"] / found["step_seconds"]
+        took = " + ".join(f"{program['compile_seconds']:.0f}" for program in programs)
+        memory = "<br>".join(map(memory_of, programs))
         lines.append(
-            f"| {name} ({MACHINES[name]}) | {found['chips']} | {found['rows']} | "
-            f"{gib[0]:.2f}, {gib[1]:.2f}, {gib[2]:.2f} / {gib[3]:.0f}{'' if found['fits'] else ' DOES NOT FIT'} | "
-            f"{found['compile_seconds']:.0f} | {sum(found['collectives'].values()) / 1e9:.1f} | "
-            f"{found['step_seconds']:.2f}, {rate:.0f}, {3 * 80_258 / rate / 3600:.1f} |"
+            f"| {name} ({MACHINES[name]}) | {found['chips']} | {found['rows']} | {memory} | {took} | "
+            f"{sum(programs[0]['collectives'].values()) / 1e9:.1f} | "
+            f"{found['step_seconds']:.2f}, {rate:.0f}, {3 * found['in_all'] / rate / 3600:.1f} |"
         )
         print(lines[-1], flush=True)
     keep("pods", "\n".join(lines), args.out)

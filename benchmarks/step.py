@@ -111,13 +111,14 @@ def random_state(program: Any) -> Any:
 
 def make_batch(config: Any, train: TrainConfig, tokens: int | None) -> tuple[dict[str, np.ndarray], Any, Any]:
     """(arrays [A, B, ...], shape, work) of one step. `tokens` replaces the length that rows are padded to."""
-    from silkie_jax.preference.batches import collate, make_shape
+    from silkie_jax.preference.batches import collate
+    from silkie_jax.preference.grid import make_shape
     from silkie_jax.preference.layout import row_sizes
 
     count = train.batch_rows * train.accumulate
     made = make_instructions(config, count)
     rows = [instruction.row(list(range(RESPONSES))) for instruction in made]
-    shape = make_shape(train.batch_rows, [np.array(row_sizes(row)) for row in rows])
+    shape = make_shape(train.accumulate, train.batch_rows, [np.array(row_sizes(row)) for row in rows])
     if tokens:
         if tokens < len(rows[0].tokens):
             raise UserError(f"--tokens {tokens}: a row has {len(rows[0].tokens)}")
@@ -137,7 +138,7 @@ def matmul_speed(width: int, dtype: str) -> float:
 
     left, right = jnp.ones((turns.MATMUL[0], width), dtype), jnp.ones((width, turns.MATMUL[1]), dtype)
     product = jax.jit(partial(jnp.matmul, precision="highest" if dtype == "float32" else None))
-    return turns.matmul_speed(lambda: jax.block_until_ready(product(left, right)), width)
+    return turns.matmul_speed(lambda: product(left, right), jax.block_until_ready, width)
 
 
 def measure(options: dict[str, Any]) -> turns.Measured:

@@ -1,7 +1,6 @@
 """A run of data_prep: its instructions, the models' responses to them, and the judges' replies to those."""
 
 import json
-import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -97,7 +96,6 @@ CREATE TABLE instructions (
         """
         if self.settings("instructions") == json.loads(to_json(settings)):
             return self.count()
-        os.sync()  # the images, before anything refers to them
         with self.transaction():
             if self.db.execute("SELECT 1 FROM requests LIMIT 1").fetchone():
                 raise UserError(

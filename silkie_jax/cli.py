@@ -7,9 +7,13 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_prep.cli import add_verbs as add_corpus_verbs
 from silkie_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from silkie_jax.training.config import TrainConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +75,8 @@ def make_parser() -> argparse.ArgumentParser:
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--jsonl", metavar="FILE", help="VLFeedback rows: JSONL or parquet")
     source.add_argument("--pairs", metavar="FILE", help="rows of image, prompt, chosen, rejected: JSONL or parquet")
-    p.add_argument("--images", metavar="DIR_OR_ZIP", help="where the images are; default: beside the rows")
+    p.add_argument("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="of --jsonl's ratings; default: 1 5")
+    p.add_argument("--images", metavar="PATH", help="the rows' images: a folder, zip or tar; default: beside the rows")
     p.add_argument("dst", help="the corpus folder to make, or to complete")
 
     add_corpus_verbs(partial(verb, corpus))
@@ -93,7 +98,9 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--topology", required=True, help="such as v5e:4x4, v5p:4x4x4, v6e:8x8, h100:8, h200:1, or cpu:8 for a dry run"
     )
-    p.add_argument("--tokens", type=int, default=1024, help="length that rows are padded to")
+    p.add_argument(
+        "--tokens", type=int, help="all rows are padded to this; default: the corpus's own, or published lengths"
+    )
     p.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
 
     p = verb(verbs, "score", _score, "Log-probability of every response of a corpus, as training sees it.")
@@ -150,10 +157,14 @@ def _add_hosts(p: argparse.ArgumentParser) -> None:
     hosts.add_argument("--process", type=int, metavar="K", help="this one's number, from 0")
 
 
-def _start_hosts(args: argparse.Namespace) -> None:
-    from silkie_jax.hardware.distributed import start
+def _join_hosts(args: argparse.Namespace) -> "TrainConfig":
+    """Meets the other hosts, then reads the configuration: one that cannot tells the others."""
+    from silkie_jax.hardware.distributed import start, together
+    from silkie_jax.training.config_file import load_config
 
     start(args.coordinator, args.processes, args.process)
+    with together():
+        return load_config(args.config, args.overrides)
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -172,9 +183,11 @@ def _export(args: argparse.Namespace) -> None:
 
 def _corpus_import(args: argparse.Namespace) -> None:
     if args.jsonl:
-        from data_prep.tables.vlfeedback import import_vlfeedback
+        from data_prep.tables.vlfeedback import SCALE, import_vlfeedback
 
-        summary = import_vlfeedback(args.jsonl, args.images, args.dst)
+        summary = import_vlfeedback(args.jsonl, args.images, args.dst, scale=tuple(args.scale or SCALE))
+    elif args.scale:
+        raise UserError("--scale: pairs have no ratings; leave it out")
     else:
         from data_prep.tables.given_pairs import import_pairs
 
@@ -183,49 +196,49 @@ def _corpus_import(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from silkie_jax.training.config_file import load_config
-
-    config = load_config(args.config, args.overrides)
-    _start_hosts(args)
+    config = _join_hosts(args)
+    from silkie_jax.hardware.programs import kept_programs
     from silkie_jax.training.loop import train
 
-    print(f"finished: {train(config, profile=args.profile)}")
+    with kept_programs(Path(config.run_dir) / "compiled"):
+        print(f"finished: {train(config, profile=args.profile)}")
 
 
 def _reference(args: argparse.Namespace) -> None:
-    from silkie_jax.training.config_file import load_config
-
-    config = load_config(args.config, args.overrides)
-    _start_hosts(args)
+    config = _join_hosts(args)
+    from silkie_jax.hardware.programs import kept_programs
     from silkie_jax.scoring.reference import compute_reference
 
-    print(f"stored: {compute_reference(config)}")
+    with kept_programs(Path(config.run_dir) / "compiled"):
+        print(f"stored: {compute_reference(config)}")
 
 
 def _compile(args: argparse.Namespace) -> int:
-    from silkie_jax.forecast.forecast import Lengths, forecast
+    from silkie_jax.forecast.forecast import forecast
     from silkie_jax.hardware.topologies import prepare
     from silkie_jax.training.config_file import load_config
 
     config = load_config(args.config, args.overrides)
     prepare(args.topology)
-    found = forecast(config, args.topology, Lengths.of(args.tokens))
+    found = forecast(config, args.topology, args.tokens, say=partial(print, file=sys.stderr, flush=True))
     print(json.dumps(found.as_dict()) if args.json else "\n".join(found.lines(config.epochs or 1)))
     return 0 if found.fits else 1
 
 
 def _score(args: argparse.Namespace) -> None:
+    from silkie_jax.hardware.programs import kept_programs, users_folder
     from silkie_jax.scoring.score import score
 
-    score(
-        args.model,
-        args.corpus,
-        Path(args.out),
-        adapter=args.adapter,
-        dtype=args.dtype,
-        batch_rows=args.batch_rows,
-        max_length=args.max_length,
-    )
+    with kept_programs(users_folder()):
+        score(
+            args.model,
+            args.corpus,
+            Path(args.out),
+            adapter=args.adapter,
+            dtype=args.dtype,
+            batch_rows=args.batch_rows,
+            max_length=args.max_length,
+        )
 
 
 def _chat(args: argparse.Namespace) -> None:

@@ -8,3 +8,9 @@ MAX_BYTES = 64 * 2**20
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 """Raster formats only: Pillow would also start Ghostscript for an EPS file. JPEG includes MPO."""
+
+STORED = ("JPEG", "PNG")
+"""The formats that runs and corpora hold; images of the others become PNG."""
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2")
+"""What names of such files end in, in lower case."""

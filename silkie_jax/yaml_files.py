@@ -1,4 +1,4 @@
-"""YAML files into typed dataclasses: an unknown key, a missing one or a value of the wrong kind is one clear line."""
+"""YAML files into typed dataclasses, by one reader: an unknown key, or a value of the wrong kind, is one clear line."""
 
 import dataclasses
 import difflib
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from silkie_jax.errors import UserError
@@ -18,36 +18,61 @@ from silkie_jax.errors import UserError
 T = TypeVar("T")
 
 
-def load_yaml(path: str | os.PathLike[str], schema: type[T]) -> T:
-    """The dataclass `schema` filled from a YAML file; what the file does not name keeps its default.
-
-    Nested dataclasses, lists and mappings of dataclasses are checked key by key. Fields without a default must be
-    given. `${oc.env:...}` is refused in these files: keys are read from the environment by name, never stored.
+def read_yaml(path: str | os.PathLike[str]) -> DictConfig:
+    """The keys and values of a YAML file as they stand there; none of an empty one.
 
     Raises:
-        UserError: the file cannot be read, or a key is unknown, missing or of the wrong kind.
+        UserError: the file cannot be read, or holds something else.
     """
-    path = Path(path)
     try:
-        given = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        given = OmegaConf.load(Path(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: cannot be read ({e})") from None
     except Exception as e:  # yaml's own errors span several lines
         raise UserError(f"{path}: not valid YAML ({' '.join(str(e).split())})") from None
-    if not isinstance(given, Mapping):
+    if not isinstance(given, DictConfig):
         raise UserError(f"{path}: expected keys and values")
-    return make(given, schema, str(path))
+    return given
 
 
-def make(given: Mapping[Any, Any], schema: type[T], where: str = "config") -> T:
-    """As `load_yaml`, from a mapping; `where` names it in errors."""
-    given = json.loads(json.dumps(given, default=str))  # keys become texts, and what was stored as JSON reads the same
-    _check(given, schema, where, "")
-    _check_texts(given, where)
+def load_yaml(path: str | os.PathLike[str], schema: type[T]) -> T:
+    """The dataclass `schema` filled from a YAML file, as `make` does.
+
+    Raises:
+        UserError: the file cannot be read, or a key is unknown, missing or of the wrong kind.
+    """
+    return make(read_yaml(path), schema, str(path))
+
+
+def make(
+    given: Mapping[Any, Any] | DictConfig, schema: type[T], where: str = "config", *, interpolate: bool = False
+) -> T:
+    """The dataclass `schema` filled from a mapping; what that does not name keeps its default.
+
+    Nested dataclasses, lists and mappings of dataclasses are checked key by key. Fields without a default must be
+    given.
+
+    Args:
+        given: keys and values, nested.
+        schema: the dataclass.
+        where: names the mapping in errors.
+        interpolate: whether `${...}` is filled in as OmegaConf does. Otherwise it is refused: what it takes from the
+            environment, a key for one, could end up in a database.
+
+    Raises:
+        UserError: a key is unknown, missing or of the wrong kind.
+    """
+    values = OmegaConf.to_container(given) if isinstance(given, DictConfig) else given
+    values = json.loads(json.dumps(values, default=str))  # keys become texts; what was stored as JSON reads the same
+    if not interpolate:
+        _refuse_interpolation(values, where)
+    _check(values, schema, where, "")
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))  # type: ignore[return-value]
+        filled = OmegaConf.structured(schema)
+        filled.update({key: None for key, value in values.items() if value is None})  # merging null changes nothing
+        return OmegaConf.to_object(OmegaConf.merge(filled, values))  # type: ignore[return-value]
     except OmegaConfBaseException as e:
         key = getattr(e, "full_key", None)
         message = str(e).splitlines()[0]
@@ -57,6 +82,7 @@ def make(given: Mapping[Any, Any], schema: type[T], where: str = "config") -> T:
 
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
+_KEYS = "keys and values"
 
 
 def _check(value: Any, annotation: Any, where: str, key: str) -> None:
@@ -64,9 +90,10 @@ def _check(value: Any, annotation: Any, where: str, key: str) -> None:
     optional = isinstance(annotation, types.UnionType)
     kind = next(arg for arg in typing.get_args(annotation) if arg is not type(None)) if optional else annotation
     origin = typing.get_origin(kind) or kind
-    if kind is Any or (value is None and optional):
+    if kind is Any or (value is None and optional) or _is_interpolation(value):
         return
-    if dataclasses.is_dataclass(kind) or origin is dict:
+    fields = {field.name: field.type for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
+    if fields or origin is dict:
         fits = isinstance(value, Mapping)
     elif origin is list:
         fits = isinstance(value, list)
@@ -76,14 +103,11 @@ def _check(value: Any, annotation: Any, where: str, key: str) -> None:
     else:
         fits = isinstance(value, bool if origin is bool else str | int | float)
     if not fits:
-        found = (
-            _WORDS.get(type(value), "keys and values") if isinstance(value, str | list | Mapping) else json.dumps(value)
-        )
-        raise UserError(
-            f"{where}: {key} must be {_WORDS.get(origin, 'keys and values')}, not {found}"
-        )  # no text: a key?
-    if dataclasses.is_dataclass(kind):
-        fields = {field.name: field.type for field in dataclasses.fields(kind)}
+        wanted = f"hold keys, such as {key}.{next(iter(fields))}" if fields else f"be {_WORDS.get(origin, _KEYS)}"
+        # A text is not shown: it could be a key.
+        found = _WORDS.get(type(value), _KEYS) if isinstance(value, str | list | Mapping) else json.dumps(value)
+        raise UserError(f"{where}: {key} must {wanted}, not {found}")
+    if fields:
         for name, item in value.items():
             path = f"{key}.{name}" if key else name
             if name not in fields:
@@ -99,13 +123,16 @@ def _check(value: Any, annotation: Any, where: str, key: str) -> None:
             _check(item, typing.get_args(kind)[0], where, f"{key}[{number}]")
 
 
-def _check_texts(given: Any, where: str, path: str = "") -> None:
-    """Refuses what OmegaConf would replace: a secret of the environment could end up in a database."""
+def _is_interpolation(value: Any) -> bool:
+    return isinstance(value, str) and "${" in value
+
+
+def _refuse_interpolation(given: Any, where: str, path: str = "") -> None:
     if isinstance(given, Mapping):
         for key, value in given.items():
-            _check_texts(value, where, f"{path}.{key}" if path else str(key))
+            _refuse_interpolation(value, where, f"{path}.{key}" if path else str(key))
     elif isinstance(given, list):
         for n, value in enumerate(given):
-            _check_texts(value, where, f"{path}[{n}]")
-    elif isinstance(given, str) and "${" in given:
+            _refuse_interpolation(value, where, f"{path}[{n}]")
+    elif _is_interpolation(given):
         raise UserError(f"{where}: {path}: interpolation with ${{...}} is not supported here; write the value itself")

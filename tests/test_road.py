@@ -56,6 +56,7 @@ def test_training_run_of_the_original(golden, corpus, expected, tmp_path, sizes)
     config.write_text(f"""
         model: {golden / "tiny-qwen-vl"}
         adapter: {golden / "lora_adapter"}
+        reference: adapter_off
         corpus: {corpus}
         run_dir: {run}
         beta: {BETA}

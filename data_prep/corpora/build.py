@@ -30,8 +30,7 @@ from data_prep.judging.aggregate import KINDS, check_scales
 from data_prep.judging.rubric import Rubric
 from data_prep.run import Run
 from data_prep.tables.importing import finished_before
-from data_prep.tables.rejections import Rejection
-from data_prep.tables.summary import Summary
+from data_prep.tables.summary import Summary, finish, rejections_of
 from silkie_jax.corpus.reader import IndexRow
 from silkie_jax.corpus.schema import codec
 from silkie_jax.corpus.shards import BUILDING, MANIFEST, CorpusBuilder, Entry
@@ -218,35 +217,13 @@ def _finish(
     builder: CorpusBuilder, job: BuildJob, entries: list[Entry], key: str, spending: list[dict[str, Any]]
 ) -> Summary:
     """Sums up the shards and completes the corpus."""
-    counts: Counter[str] = Counter()
-    pairs: Counter[str] = Counter()
     kinds: dict[str, Counter[str]] = {judge: Counter() for judge in job.rubrics}
     for entry in entries:
-        counts.update(entry.notes["counts"])
-        pairs.update(entry.notes["pairs"])
         for judge, found in entry.notes["kinds"].items():
             kinds[judge].update(found)
-    rejections = [Rejection(**fields) for entry in entries for fields in entry.notes["rejections"]]
-    records = sum(entry.shard.records for entry in entries)
-    if not records:
-        raise UserError(f"none of the {counts['rows']} instructions of {job.run} has a response: nothing to build")
-    summary = Summary(
-        rows=counts["rows"],
-        records=records,
-        images=counts["images"],
-        text_only=counts["text_only"],
-        responses=counts["responses"],
-        dropped_responses=0,
-        ratings=counts["ratings"],
-        missing_ratings=counts["missing_ratings"],
-        ratings_outside_1_to_5=counts["ratings_outside_1_to_5"],
-        duplicate_ids_identical=0,
-        duplicate_ids_differing=0,
-        unreadable_images=0,
-        refused_files=0,
-        rejected=dict(Counter(rejection.reason for rejection in rejections)),
-        pairs=dict(pairs),
-    )
+    rows = sum(entry.notes["counts"].get("rows", 0) for entry in entries)
+    if not any(entry.shard.records for entry in entries):
+        raise UserError(f"none of the {rows} instructions of {job.run} has a response: nothing to build")
     rubrics = [make(rubric, Rubric) for rubric in job.rubrics.values()]
     facts = {
         "aspects": list(dict.fromkeys(name for rubric in rubrics for name in rubric.names)),
@@ -259,12 +236,7 @@ def _finish(
         },
         "spending": spending,
     }
-    files = {
-        "rejected.jsonl": (rejection.to_json() + "\n" for rejection in rejections),
-        "summary.json": [summary.to_json()],
-    }
-    builder.finish(entries, files, facts)
-    return summary
+    return finish(builder, entries, rejections_of(entries), facts, rows=rows)
 
 
 def _rubrics(run: Run, wanted: list[str] | None) -> dict[str, Rubric]:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from data_prep.judging.aggregate import to_record
+from data_prep.judging.aggregate import judgements_of, to_record
 from data_prep.judging.rubric import Rubric
-from data_prep.run import Gathered, Run
+from data_prep.run import Gathered, Instruction, Run
 from data_prep.tables.rejections import Rejection
 from data_prep.tables.summary import counts_of, pairs_by_rule
 from silkie_jax.corpus.schema import Record
@@ -82,25 +82,31 @@ class BuildJob:
         counts: Counter[str] = Counter()
         pair_counts: Counter[str] = Counter()
         kinds: dict[str, Counter[str]] = {judge: Counter() for judge in rubrics}
-        rejections = []
+        rejections: list[dict[str, Any]] = []
         for gathered in self._gathered(run, *self._range(number)):
             digest.update(_content(gathered))
             counts["rows"] += 1
             instruction = gathered.instruction
             if not gathered.responses:
-                where = Rejection(
-                    instruction.number, "", 0, "row", instruction.id, "no usable response", "no model gave one"
-                )
-                rejections.append(asdict(where))
+                rejections.append(_rejection(instruction, "row", "no usable response", "no model gave one"))
                 continue
-            record = to_record(gathered, rubrics, [run.image(image) for image in instruction.images])
-            for judgement in record.extra.get("judgements", ()):
-                kinds[judgement["judge"]][judgement["kind"]] += 1
+            judgements = judgements_of(gathered, rubrics)
+            record = to_record(gathered, rubrics, judgements, [run.image(image) for image in instruction.images])
+            for judgement in judgements:
+                kinds[judgement.judge][judgement.kind] += 1
+                if judgement.kind != "complete":
+                    why = f"{judgement.judge}, order {judgement.order} ({judgement.kind}): {judgement.note}; "
+                    why += "average more orders or judges to fill the gap"
+                    rejections.append(_rejection(instruction, "reply", "reply not complete", why))
             counts.update(counts_of(record))
             pair_counts.update(pairs_by_rule(record))
             yield _Record(**vars(record), image_hashes=instruction.images)
         notes.update(counts=dict(counts), pairs=dict(pair_counts), rejections=rejections)
         notes["kinds"] = {judge: dict(counter) for judge, counter in kinds.items()}
+
+
+def _rejection(instruction: Instruction, what: str, reason: str, detail: str) -> dict[str, Any]:
+    return asdict(Rejection(instruction.number, "", 0, what, instruction.id, reason, detail))
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,15 @@
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from data_prep.tables.fields import WIDEST
 from data_prep.tables.summary import pairs_by_rule
-from silkie_jax.corpus.schema import Record
+from silkie_jax.corpus.schema import Record, Response
 
+_NAMES = 100  # models, sources, aspects, ... that are told apart
+_OTHERS = "(others)"
 _LENGTHS = (0, 25, 50, 100, 200, 400, 800, 1600, 3200)  # lower ends of the classes of lengths, in characters
 
 
@@ -70,12 +73,20 @@ class Share:
 class Measures:
     """Feed it every record, then take `to_json`.
 
+    A rating off its scale counts in none of the numbers, and of names that are told apart there are at most so many
+    that numbers and page stay small, whatever a corpus holds.
+
     Args:
         weights: aspect -> weight in the overall rating; aspects that are not named count 1.
+        scales: aspect -> lowest and highest rating; the widest scale that there can be where it is not named.
     """
 
-    def __init__(self, weights: Mapping[str, float] | None = None):
+    def __init__(
+        self, weights: Mapping[str, float] | None = None, scales: Mapping[str, Sequence[float] | None] | None = None
+    ):
         self._weights = weights or {}
+        self._scales = scales or {}
+        self.off_scale: Counter[str] = Counter()
         self.records = self.images = self.text_only = self.responses = 0
         self.sources: Counter[str] = Counter()
         self.licences: Counter[str] = Counter()
@@ -99,13 +110,15 @@ class Measures:
         self.records += 1
         self.images += len(record.images)
         self.text_only += not record.images
-        self.sources[record.source] += 1
-        self.licences[str(record.extra.get("licence") or "not stated")] += 1
-        self.pairs.update(pairs_by_rule(record))
-        overall = [self.overall(response.ratings) for response in record.responses]
+        self.sources[_name(record.source, self.sources)] += 1
+        self.licences[_name(str(record.extra.get("licence") or "not stated"), self.licences)] += 1
+        for rule, count in pairs_by_rule(record).items():
+            self.pairs[_name(rule, self.pairs)] += count
+        given = [self._on_scale(response.ratings) for response in record.responses]
+        overall = [self.overall(ratings) for ratings in given]
         lengths = [float(len(response.text)) for response in record.responses]
-        for response, rating, length in zip(record.responses, overall, lengths, strict=True):
-            self._add_response(response.model, response.ratings, rating, length)
+        for response, ratings, rating, length in zip(record.responses, given, overall, lengths, strict=True):
+            self._add_response(response, ratings, rating, length)
         if any(response.ratings for response in record.responses):
             self._add_comparisons(overall, lengths)
         self._add_judgements(record.extra.get("judgements") or (), overall)
@@ -117,24 +130,36 @@ class Measures:
         counted = (weight * ratings[aspect] for aspect, weight in weights.items() if weight)
         return math.fsum(counted) / total if total else math.nan
 
-    def _add_response(self, model: str, ratings: Mapping[str, float], overall: float, length: float) -> None:
+    def _on_scale(self, ratings: Mapping[str, float]) -> dict[str, float]:
+        """The ratings, NaN for those off their scale."""
+        found = {}
+        for aspect, rating in ratings.items():
+            low, high = self._scales.get(aspect) or WIDEST
+            on = max(low, WIDEST[0]) <= rating <= min(high, WIDEST[1])
+            found[aspect] = rating if on else math.nan
+        return found
+
+    def _add_response(self, response: Response, ratings: Mapping[str, float], overall: float, length: float) -> None:
         self.responses += 1
         self.length_mean.add(length)
         bin = max(low for low in _LENGTHS if low <= length)
         self.lengths[bin] += 1
         self.rating_by_length[bin].add(overall)
-        of_model = self.models[model or "unknown"]
+        of_model = self.models[_name(response.model or "unknown", self.models)]
         of_model.overall.add(overall)
         of_model.length.add(length)
-        for aspect, rating in ratings.items():
+        for name, rating in ratings.items():
+            aspect = _name(name, self.means)
             self.means[aspect].add(rating)
             of_model.aspects[aspect].add(rating)
-            if math.isnan(rating):
-                self.missing[aspect] += 1
-            else:
+            if not math.isnan(rating):
                 level = math.floor(rating + 0.5)  # averaged ratings lie between whole ones
                 self.histograms[aspect][level] += 1
                 of_model.histograms[aspect][level] += 1
+            elif math.isnan(response.ratings[name]):
+                self.missing[aspect] += 1
+            else:
+                self.off_scale[aspect] += 1
 
     def _add_comparisons(self, overall: list[float], lengths: list[float]) -> None:
         self.length_and_rating.add_group(lengths, overall)
@@ -148,15 +173,19 @@ class Measures:
         by_judge: dict[str, list[list[float]]] = defaultdict(list)
         aspects: dict[str, set[str]] = {}
         for judgement in judgements:
-            self.kinds[judgement["judge"]][judgement["kind"]] += 1
+            judge = _name(judgement["judge"], self.kinds)
+            self.kinds[judge][judgement["kind"]] += 1
             rows = {
                 aspect: [math.nan if rating is None else rating for rating in row]
                 for aspect, row in judgement["ratings"].items()
             }
-            given = [self.overall({aspect: row[n] for aspect, row in rows.items()}) for n in range(len(overall))]
-            by_judge[judgement["judge"]].append(given)
-            aspects[judgement["judge"]] = set(rows)
-            self.position.add(judgement, given, overall)
+            given = [
+                self.overall(self._on_scale({aspect: row[n] for aspect, row in rows.items()}))
+                for n in range(len(overall))
+            ]
+            by_judge[judge].append(given)
+            aspects[judge] = set(rows)
+            self.position.add(judge, judgement, given, overall)
         for judge, orders in by_judge.items():
             for ratings in zip(*orders, strict=True) if len(orders) > 1 else ():
                 known = [rating for rating in ratings if not math.isnan(rating)]
@@ -189,6 +218,7 @@ class Measures:
                 name: model.to_json(scale)
                 for name, model in sorted(self.models.items(), key=lambda m: (-m[1].overall.mean, m[0]))
             },
+            "off_scale": dict(self.off_scale),
             "pairs": dict(self.pairs),
             "ties": self.ties.to_json(),
             "length": {
@@ -243,13 +273,13 @@ class _Positions:
         self._kept: dict[int, Mean] = defaultdict(Mean)
         self._first_wins: dict[str, Share] = defaultdict(Share)
 
-    def add(self, judgement: Mapping[str, Any], given: list[float], overall: list[float]) -> None:
+    def add(self, judge: str, judgement: Mapping[str, Any], given: list[float], overall: list[float]) -> None:
         shown = [response for response in judgement["shown"] if response >= 0]
         for place, deviation in _deviations([given[response] for response in shown]):
-            self._judged[judgement["judge"]][place].add(deviation)
+            self._judged[judge][place].add(deviation)
         for earlier, later in itertools.combinations(shown, 2):
             if given[earlier] != given[later] and not math.isnan(given[earlier] + given[later]):
-                self._first_wins[judgement["judge"]].add(given[earlier] > given[later])
+                self._first_wins[judge].add(given[earlier] > given[later])
         if judgement["order"] == 0:
             for place, deviation in _deviations([overall[response] for response in shown]):
                 self._kept[place].add(deviation)
@@ -288,6 +318,11 @@ class _Agreement:
             "correlation_within_instructions": self.correlation.to_json(),
             "same_preference": self.same.to_json(),
         }
+
+
+def _name(name: str, known: Collection[str]) -> str:
+    """A name under which to count; of more than can be told apart, those that come late share one."""
+    return name if name in known or len(known) < _NAMES else _OTHERS
 
 
 def _deviations(ratings: list[float]) -> list[tuple[int, float]]:

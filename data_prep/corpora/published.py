@@ -1,5 +1,7 @@
 """What VLFeedback's paper (arXiv 2312.10665, section 2 and appendix) says of it, to lay a corpus against."""
 
+from silkie_jax.corpus.pairs import plain_name
+
 ASPECTS = ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
 
 RATINGS = {
@@ -30,10 +32,6 @@ _ALIASES = {"llava157b": "llavav157b", "llava1513b": "llavav1513b", "idefics9b":
 
 def published_mean(model: str) -> float | None:
     """The mean of a model, whichever way its name is written; None of a model that the paper does not have."""
-    name = "".join(letter for letter in model.casefold() if letter.isalnum())
+    name = plain_name(model)
     name = _ALIASES.get(name, name)
-    return next((mean for known, mean in MEANS.items() if _plain(known) == name), None)
-
-
-def _plain(name: str) -> str:
-    return "".join(letter for letter in name.casefold() if letter.isalnum())
+    return next((mean for known, mean in MEANS.items() if plain_name(known) == name), None)

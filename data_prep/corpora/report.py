@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from PIL import Image
 from tqdm import tqdm
 
 from data_prep.corpora import published
 from data_prep.corpora.measures import Measures
 from data_prep.run import Run
+from data_prep.tables.images import opened
+from data_prep.tables.rejections import Rejected
 from silkie_jax.corpus import CorpusReader, Record
 from silkie_jax.corpus.reader import read_manifest
 from silkie_jax.errors import UserError
@@ -79,7 +80,7 @@ def measure(
 ) -> dict[str, Any]:
     """The numbers of a report (see `Measures.to_json`), with what the manifest knows and what was spent."""
     manifest = read_manifest(corpus.path)
-    measures = Measures(manifest.get("weights"))
+    measures = Measures(manifest.get("weights"), manifest.get("scales"))
     for record in tqdm(
         corpus, total=len(corpus), unit="record", desc="counting", disable=not progress, mininterval=0.5
     ):
@@ -125,6 +126,11 @@ def remarks(numbers: dict[str, Any]) -> list[str]:
         share = row["missing"] / max(row["n"] + row["missing"], 1)
         if share > 0.05:
             found.append(f"{row['missing']:,} ratings of {aspect} are missing ({share:.0%}).")
+    for aspect, count in numbers["off_scale"].items():
+        found.append(
+            f"{count:,} ratings of {aspect} are off the scale and count in none of these numbers: correct them and "
+            "import the corpus anew."
+        )
     for judge, row in numbers["judges"].items():
         replies = row["replies"]
         lost = sum(count for kind, count in replies.items() if kind != "complete")
@@ -177,10 +183,13 @@ def _example(record: Record) -> dict[str, Any]:
 
 
 def _thumbnail(data: bytes) -> str:
-    """A small JPEG as a data URL."""
-    with Image.open(io.BytesIO(data)) as image:
-        image.draft("RGB", (2 * _THUMBNAIL, 2 * _THUMBNAIL))
-        small = image.convert("RGB")
+    """A small JPEG as a data URL; why not, in words, of what is no image that can be read."""
+    try:
+        with opened(data) as image:
+            image.draft("RGB", (2 * _THUMBNAIL, 2 * _THUMBNAIL))
+            small = image.convert("RGB")
+    except Rejected as why:
+        return str(why)
     small.thumbnail((_THUMBNAIL, _THUMBNAIL))
     file = io.BytesIO()
     small.save(file, "JPEG", quality=80)

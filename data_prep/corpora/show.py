@@ -1,6 +1,5 @@
 """One record of a corpus, for people to read."""
 
-import io
 import json
 import math
 import os
@@ -11,9 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from data_prep.tables.images import suffix
+from data_prep.tables.images import opened, suffix
+from data_prep.tables.rejections import Rejected
 from silkie_jax.corpus import CorpusReader, Record
 from silkie_jax.corpus import pairs as rules
 from silkie_jax.errors import UserError
@@ -85,8 +83,11 @@ def _as_text(record: Record, number: int, paths: list[str]) -> str:
         facts.append(f"licence: {_printable(str(licence))}")
     lines = ["   ".join(facts)]
     for position, data in enumerate(record.images):
-        with Image.open(io.BytesIO(data)) as image:
-            size = f"{image.format} {image.width} x {image.height}, {len(data):,} bytes"
+        try:
+            with opened(data) as image:
+                size = f"{image.format} {image.width} x {image.height}, {len(data):,} bytes"
+        except Rejected as why:
+            size = _printable(str(why))
         lines.append(f"image {position + 1}: {size}{'   ' + paths[position] if paths else ''}")
     for user, assistant in record.history:
         lines += ["", "earlier, user:", block(user), "earlier, assistant:", block(assistant)]

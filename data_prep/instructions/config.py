@@ -19,7 +19,7 @@ class SourceConfig:
 
     Attributes:
         path: rows (.jsonl, .json, .csv, .parquet, a folder of them), or images alone (a folder, zip or tar).
-        images: where the rows' images are: a folder, zip or tar; beside the rows by default.
+        images: where the rows' images are: a folder, zip or tar; beside the rows by default (see `ImagesBeside`).
         licence: carried through to the corpus; a row's own comes first.
         quota: instructions to draw from it; null: all.
         turns: of conversations: the "first" question, the "last" with its history, or "each".

@@ -1,12 +1,14 @@
 """Finding what was seen before: prompts by their normalised text, images by their look."""
 
-import io
+import math
 import re
 import unicodedata
 from array import array
 
 import numpy as np
 from PIL import Image
+
+from data_prep.tables.images import opened
 
 BITS = 3
 """Of 64, in which the hashes of near duplicates may differ: four parts of 16 bits then have one in common."""
@@ -23,12 +25,12 @@ def normal_prompt(prompt: str) -> str:
 
 
 def look(data: bytes) -> tuple[int, np.ndarray]:
-    """How an image looks: a 64-bit difference hash, and a thumbnail of float32 [8, 8, 3].
+    """How a checked image file looks: a 64-bit difference hash, and a thumbnail of float32 [8, 8, 3].
 
     The hash says of each of 8 x 8 places whether it is brighter than its right neighbour, which survives other sizes
     and encodings (Neal Krawetz's dHash).
     """
-    with Image.open(io.BytesIO(data)) as image:
+    with opened(data, max_pixels=math.inf) as image:
         image.draft("RGB", (64, 64))
         small = image.convert("RGB").resize((9 * 4, 8 * 4), Image.Resampling.BOX, reducing_gap=2.0)
     grey = np.asarray(small.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)

@@ -10,12 +10,12 @@ from typing import Any
 from data_prep.tables.archives import Images, open_images
 from data_prep.tables.table import MAX_LINE, Table
 from silkie_jax.errors import UserError
+from silkie_jax.image_limits import SUFFIXES
 
 _TABLES = (".jsonl", ".parquet")
 _TO_CONVERT = (".json", ".csv", ".tsv")
 _CHUNK = 1 << 20  # characters
 _BETWEEN = tuple(" \t\r\n,")
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2")
 
 
 def is_table(path: Path) -> bool:
@@ -55,7 +55,7 @@ def write_image_rows(
     folder.mkdir(parents=True)
     with open(folder / "images.jsonl", "w", encoding="utf-8") as lines:
         for name in images.names:
-            if Path(name).suffix.lower() in _IMAGE_SUFFIXES:
+            if name.lower().endswith(SUFFIXES):
                 prompt = prompts[draw(name, len(prompts))]
                 lines.write(json.dumps({"id": os.path.splitext(name)[0], "image": name, "prompt": prompt}) + "\n")
     return Table(folder), images

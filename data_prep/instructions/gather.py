@@ -26,11 +26,12 @@ from data_prep.instructions.dedupe import Looks, look, normal_prompt
 from data_prep.instructions.files import is_table, open_rows, write_image_rows
 from data_prep.instructions.forms import Asked, read_row
 from data_prep.run import Instruction, Run
-from data_prep.tables.archives import Images, open_images
+from data_prep.tables.archives import Images, images_of_rows
 from data_prep.tables.images import check_image, upright
 from data_prep.tables.importing import id_of
 from data_prep.tables.rejections import Rejected, Rejection
 from data_prep.tables.table import Place, Table
+from silkie_jax.corpus.shards import write_file
 from silkie_jax.endpoints.store import to_json
 from silkie_jax.errors import UserError
 
@@ -85,7 +86,7 @@ def gather_instructions(
             report = gathering.gather()
             opened.write_instructions(gathering.chosen(), settings)
             shutil.move(work / "rejected.jsonl", opened.path / "instructions_rejected.jsonl")
-            saved.write_text(json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_file(saved, [json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n"], temporary_in=work)
             return report
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -153,15 +154,13 @@ class _Gathering:
         work.mkdir()
         if is_table(path):
             rows = open_rows(path, work)
-            beside = path if path.is_dir() else path.parent
-            images = open_images(source.images or beside, max_bytes=self.config.max_image_bytes)
+            images = images_of_rows(path, source.images, max_bytes=self.config.max_image_bytes)
         else:
             rows, images = write_image_rows(
                 path, source.prompts, lambda key, count: _rank(self.config.seed, name, key)[0] % count, work,
                 self.config.max_image_bytes,
             )  # fmt: skip
-        listed = images.refused if source.images or not is_table(path) else {}  # what lies beside rows may be anything
-        for file, why in listed.items():
+        for file, why in images.refused.items():
             self._reject(name, Rejection(0, file, 0, "file", "", "image refused", why))
         with closing(images), ThreadPoolExecutor(self.workers) as pool:
             places = []
@@ -230,8 +229,6 @@ class _Gathering:
             return _Ready(asked, files, [look(data) for data in files])
         except Rejected as why:
             return _Refused(asked.id, why)
-        except Exception as error:  # Pillow's many kinds, for files that only seem whole
-            return _Refused(asked.id, Rejected("unreadable image", error))
 
     def _accept(self, name: str, source: SourceConfig, number: int, ready: _Ready) -> None:
         """Spools an instruction and stores its images, unless it repeats an earlier one."""

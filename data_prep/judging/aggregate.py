@@ -8,6 +8,7 @@ from typing import Any
 from data_prep.judging.ratings import ParsedReply, parse
 from data_prep.judging.rubric import Rubric
 from data_prep.run import Gathered, JudgeReply
+from data_prep.tables.fields import check_scale
 from silkie_jax.corpus.schema import Record, Response
 from silkie_jax.errors import UserError
 
@@ -26,6 +27,7 @@ class Judgement:
         shown: index of the response that stood at each place.
         ratings: aspect -> rating of each response; NaN where there is none.
         rationales: aspect -> reason for each response.
+        note: why the reply is not complete, for people.
     """
 
     judge: str
@@ -34,6 +36,7 @@ class Judgement:
     shown: tuple[int, ...]
     ratings: dict[str, list[float]]
     rationales: dict[str, list[str]]
+    note: str
 
     def to_json(self, with_rationales: bool) -> dict[str, Any]:
         """As a record's `extra` keeps it; NaN is null."""
@@ -54,7 +57,7 @@ def judge(reply: JudgeReply, rubric: Rubric, places: Mapping[int, int], response
         parsed = parse(reply.text, rubric, len(shown), finish_reason=finish, refusal=refusal)
         kind: str = parsed.kind
     else:
-        parsed, kind = _nothing(rubric, len(shown)), "failed"
+        parsed, kind = _nothing(rubric, len(shown), reply.outcome), "failed"
     ratings = {name: [math.nan] * responses for name in rubric.names}
     rationales = {name: [""] * responses for name in rubric.names}
     for place, response in enumerate(shown):
@@ -62,7 +65,7 @@ def judge(reply: JudgeReply, rubric: Rubric, places: Mapping[int, int], response
             for name in rubric.names:
                 ratings[name][response] = parsed.ratings[name][place]
                 rationales[name][response] = parsed.rationales[name][place]
-    return Judgement(reply.judge, reply.order, kind, tuple(shown), ratings, rationales)
+    return Judgement(reply.judge, reply.order, kind, tuple(shown), ratings, rationales, parsed.note)
 
 
 def mean_ratings(judgements: Sequence[Judgement], aspects: Iterable[str], responses: int) -> list[dict[str, float]]:
@@ -80,11 +83,17 @@ def mean_ratings(judgements: Sequence[Judgement], aspects: Iterable[str], respon
     ]
 
 
-def to_record(gathered: Gathered, rubrics: Mapping[str, Rubric], images: Sequence[bytes]) -> Record:
+def judgements_of(gathered: Gathered, rubrics: Mapping[str, Rubric]) -> list[Judgement]:
+    """Every reply about an instruction, parsed."""
+    places = {response.slot: index for index, response in enumerate(gathered.responses)}
+    return [judge(reply, rubrics[reply.judge], places, len(gathered.responses)) for reply in gathered.replies]
+
+
+def to_record(
+    gathered: Gathered, rubrics: Mapping[str, Rubric], judgements: Sequence[Judgement], images: Sequence[bytes]
+) -> Record:
     """The corpus's record of an instruction: responses by slot, averaged ratings, and every judgement in `extra`."""
     instruction, responses = gathered.instruction, gathered.responses
-    places = {response.slot: index for index, response in enumerate(responses)}
-    judgements = [judge(reply, rubrics[reply.judge], places, len(responses)) for reply in gathered.replies]
     aspects = list(dict.fromkeys(name for rubric in rubrics.values() for name in rubric.names))
     ratings = mean_ratings(judgements, aspects, len(responses))
     extra: dict[str, Any] = {key: value for key, value in instruction.extra.items() if key not in RESERVED}
@@ -121,10 +130,11 @@ def check_scales(rubrics: Mapping[str, Rubric]) -> None:
     """Refuses judges whose ratings of one aspect cannot be averaged.
 
     Raises:
-        UserError: they use different scales.
+        UserError: they use different scales, or one that is too wide for a report.
     """
     seen: dict[str, tuple[str, Any]] = {}
     for name, rubric in rubrics.items():
+        check_scale(rubric.scale.low, rubric.scale.high, f"judge {name}: scale.")
         for aspect in rubric.names:
             other, scale = seen.setdefault(aspect, (name, rubric.scale))
             if (scale.low, scale.high) != (rubric.scale.low, rubric.scale.high):
@@ -134,9 +144,9 @@ def check_scales(rubrics: Mapping[str, Rubric]) -> None:
                 )
 
 
-def _nothing(rubric: Rubric, texts: int) -> ParsedReply:
+def _nothing(rubric: Rubric, texts: int, why: str) -> ParsedReply:
     nan, words = {name: [math.nan] * texts for name in rubric.names}, {name: [""] * texts for name in rubric.names}
-    return ParsedReply("unparsable", nan, words)
+    return ParsedReply("unparsable", nan, words, note=f"there is no reply ({why})")
 
 
 def _mean(values: Sequence[float]) -> float:

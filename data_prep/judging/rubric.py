@@ -17,6 +17,7 @@ from typing import Any, Literal
 import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
+from data_prep.tables.fields import check_scale
 from silkie_jax.errors import UserError
 from silkie_jax.yaml_files import load_yaml
 
@@ -157,8 +158,7 @@ def check_rubric(rubric: Rubric, where: str = "rubric") -> None:
     """
     if not rubric.aspects:
         raise UserError(f"{where}: aspects is empty; name at least one")
-    if not rubric.scale.low < rubric.scale.high:
-        raise UserError(f"{where}: scale.low {rubric.scale.low} must be below scale.high {rubric.scale.high}")
+    check_scale(rubric.scale.low, rubric.scale.high, f"{where}: scale.")
     seen: dict[str, str] = {}
     for aspect in rubric.aspects:
         for name in [aspect.name, *aspect.aliases]:

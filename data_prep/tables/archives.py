@@ -8,22 +8,19 @@ import re
 import stat
 import tarfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from data_prep.tables.rejections import Rejected
 from silkie_jax.errors import UserError
-from silkie_jax.image_limits import MAX_BYTES
+from silkie_jax.image_limits import MAX_BYTES, SUFFIXES
 
 
-def open_images(path: str | os.PathLike[str] | None, *, max_bytes: int = MAX_BYTES) -> "Images":
-    """The image files of a folder, a zip or a tar; of nothing where `path` is None.
+def open_images(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> "Images":
+    """The image files of a folder, a zip or a tar.
 
     Raises:
         UserError: there is no such folder or archive, or it cannot be read.
     """
-    if path is None:
-        return Images(max_bytes)
     path = Path(path)
     if path.is_dir():
         return FolderImages(path, max_bytes)
@@ -34,12 +31,25 @@ def open_images(path: str | os.PathLike[str] | None, *, max_bytes: int = MAX_BYT
     return ZipImages(path, max_bytes)
 
 
+def images_of_rows(rows: Path, images: str | os.PathLike[str] | None = None, *, max_bytes: int = MAX_BYTES) -> "Images":
+    """The images that rows (a file or a folder of them) name: those of `images`, or else those beside the rows.
+
+    Raises:
+        UserError: see `open_images`.
+    """
+    if images is not None:
+        return open_images(images, max_bytes=max_bytes)
+    return ImagesBeside(rows if rows.is_dir() else rows.parent, max_bytes)
+
+
 class Images:
     """A listing of image files by name, with look-up by path, file name or stem. Safe to use from several threads.
 
     Attributes:
         refused: name -> why, for files that point outside or cannot be opened safely.
     """
+
+    where = "among the images"  # in errors
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
@@ -74,8 +84,7 @@ class Images:
         found = self._by_key.get(f"{id}.*") if id else None
         if found:
             return _only(found, f"{id}.*")
-        where = "among the images" if self._stamps else "because no image folder or zip with files was given"
-        raise Rejected("image not found", f"{path or id} {where}")
+        raise Rejected("image not found", f"{path or id} {self.where}")
 
     @property
     def names(self) -> list[str]:
@@ -112,22 +121,71 @@ class Images:
 
 
 class FolderImages(Images):
-    """All files below a folder. Links that leave the folder are refused."""
+    """All files below a folder. Links that leave the folder, and what cannot be looked at, are refused."""
 
     def __init__(self, root: Path, max_bytes: int):
         super().__init__(max_bytes)
         self._root = root.resolve()
-        for entry in _files_below(self._root):
+        try:
+            self._list(self._root)
+        except OSError as error:
+            raise UserError(f"{root}: the image folder cannot be read ({error.strerror})") from None
+
+    def _list(self, folder: Path) -> None:
+        """Everything below a folder that is not a folder, in the order of names; linked folders are not entered."""
+        with os.scandir(folder) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+        for entry in found:
             name = Path(entry.path).relative_to(self._root).as_posix()
-            if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(self._root):
-                self.refused[name] = "a link that leaves the folder"
-            elif entry.is_file():
-                status = entry.stat()
-                self._add(name, f"{status.st_size}-{status.st_mtime_ns}")
+            try:
+                if entry.is_dir(follow_symlinks=False):
+                    self._list(Path(entry.path))
+                elif entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(self._root):
+                    self.refused[name] = _LEAVES
+                elif entry.is_file():
+                    self._add(name, _stamp(entry.stat()))
+            except OSError as error:
+                self.refused[name] = f"cannot be looked at ({error.strerror})"
 
     def _read(self, name: str) -> bytes:
         with open(self._root / name, "rb") as file:
             return file.read(self.max_bytes + 1)
+
+
+class ImagesBeside(FolderImages):
+    """The images beside rows: those in the rows' own folder, and below it those whose paths the rows give.
+
+    Nothing else below the folder is looked at, since it may hold anything, and any amount of it.
+    """
+
+    where = "beside the rows: say where the images are (--images)"
+
+    def _list(self, folder: Path) -> None:
+        for name in sorted(os.listdir(folder)):
+            if name.lower().endswith(SUFFIXES) and (stamp := self._look_at(name)):
+                self._add(name, stamp)
+        self.refused.clear()  # of what no row has named yet
+
+    def find(self, path: str, id: str = "") -> str:
+        name = str(PurePosixPath(path.replace("\\", "/")))
+        if path and not _points_outside(path) and name not in self._stamps and (stamp := self._look_at(name)):
+            self._stamps[name] = stamp
+        return super().find(path, id)
+
+    def _look_at(self, name: str) -> str:
+        """The stamp of a file that lies in the folder, else ""."""
+        file = self._root / name
+        try:
+            status = file.stat()
+            if not file.resolve().is_relative_to(self._root):
+                self.refused[name] = _LEAVES
+            elif stat.S_ISREG(status.st_mode):
+                return _stamp(status)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self.refused[name] = f"cannot be looked at ({error.strerror})"
+        return ""
 
 
 class ZipImages(Images):
@@ -214,11 +272,8 @@ def _only(names: list[str], wanted: str) -> str:
     return names[0]
 
 
-def _files_below(folder: Path) -> Iterator["os.DirEntry[str]"]:
-    """Everything below a folder that is not a folder, in the order of names; linked folders are not entered."""
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.is_dir(follow_symlinks=False):
-                yield from _files_below(Path(entry.path))
-            else:
-                yield entry
+_LEAVES = "a link that leaves the folder"
+
+
+def _stamp(status: os.stat_result) -> str:
+    return f"{status.st_size}-{status.st_mtime_ns}"

@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_prep.tables.rejections import Rejected
+from silkie_jax.errors import UserError
 
+Scale = tuple[float, float]
+WIDEST: Scale = (-100, 100)
+"""What every scale of ratings lies within: a report counts them by whole levels."""
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)", re.ASCII)
 
 
@@ -40,6 +44,18 @@ def rating(value: Any) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9:
         return float(value)
     return math.nan
+
+
+def check_scale(low: float, high: float, where: str) -> None:
+    """Refuses a scale that does not rise, or is wider than `WIDEST`.
+
+    Raises:
+        UserError: one line that begins with `where`.
+    """
+    if not low < high:
+        raise UserError(f"{where}low {low:g} must be below high {high:g}")
+    if low < WIDEST[0] or high > WIDEST[1]:
+        raise UserError(f"{where}low {low:g} and high {high:g} must lie within {WIDEST[0]} to {WIDEST[1]}")
 
 
 def image_refs(value: Any) -> list[str | bytes]:

@@ -1,14 +1,13 @@
 """Preference pairs in the common forms (one `chosen`, one `rejected` a row) into a corpus."""
 
 import os
-from typing import Any
+from typing import Any, Unpack
 
 from data_prep.tables import fields
-from data_prep.tables.importing import Draft, run_import
+from data_prep.tables.importing import Draft, ImportOptions, run_import
 from data_prep.tables.rejections import Rejected
 from data_prep.tables.summary import Summary
 from silkie_jax.corpus.schema import Response
-from silkie_jax.image_limits import MAX_BYTES, MAX_PIXELS
 
 _FIELDS = ("id", "image", "images", "prompt", "history", "chosen", "rejected")
 _DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -19,12 +18,7 @@ def import_pairs(
     source: str | os.PathLike[str],
     images: str | os.PathLike[str] | None,
     dst: str | os.PathLike[str],
-    *,
-    shards: int | None = None,
-    workers: int | None = None,
-    progress: bool = True,
-    max_pixels: int = MAX_PIXELS,
-    max_image_bytes: int = MAX_BYTES,
+    **options: Unpack[ImportOptions],
 ) -> Summary:
     """Imports rows of `prompt`, `chosen`, `rejected` with, optionally, `image`, `history` and `id`.
 
@@ -37,19 +31,7 @@ def import_pairs(
 
     Arguments, result and errors are those of `import_vlfeedback`.
     """
-    return run_import(
-        source,
-        images,
-        dst,
-        parse=parse_row,
-        name="pairs",
-        identical_rows="keep",
-        shards=shards,
-        workers=workers,
-        progress=progress,
-        max_pixels=max_pixels,
-        max_image_bytes=max_image_bytes,
-    )
+    return run_import(source, images, dst, parse=parse_row, name="pairs", identical_rows="keep", **options)
 
 
 def parse_row(row: dict[str, Any]) -> Draft:

@@ -18,14 +18,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 from tqdm import tqdm
 
-from data_prep.tables.archives import Images, open_images
+from data_prep.tables.archives import Images, images_of_rows
+from data_prep.tables.fields import Scale
 from data_prep.tables.images import check_image
 from data_prep.tables.rejections import Rejected, Rejection, nothing_usable
-from data_prep.tables.summary import Summary, counts_of, pairs_by_rule
+from data_prep.tables.summary import Summary, counts_of, finish, pairs_by_rule, rejections_of
 from data_prep.tables.table import Place, Table
 from silkie_jax.corpus.reader import read_manifest
 from silkie_jax.corpus.schema import Record, Response
@@ -46,6 +47,7 @@ class Draft:
         images: a path to look up among the image files, or the bytes themselves.
         image_id: where a path is absent or not found, an image file of this name with any suffix is meant.
         dropped: why responses were left out, one text each.
+        off_scale: which ratings were left out because they are off the scale, one text each.
         (the rest): as in `Record`.
     """
 
@@ -58,10 +60,29 @@ class Draft:
     pairs: list[tuple[int, int]] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
+    off_scale: list[str] = field(default_factory=list)
 
 
 Parser = Callable[[dict[str, Any]], Draft]
 """Turns a row's fields into a draft, or raises `Rejected`."""
+
+
+class ImportOptions(TypedDict, total=False):
+    """How rows of any kind are imported.
+
+    Attributes:
+        shards: number of files; about one for each 1,000 rows by default.
+        workers: threads; as many as there are processors by default.
+        progress: whether to show progress on stderr; true by default.
+        max_pixels: limit on an image's width x height; `MAX_PIXELS` by default.
+        max_image_bytes: limit on the size of an image file; `MAX_BYTES` by default.
+    """
+
+    shards: int | None
+    workers: int | None
+    progress: bool
+    max_pixels: int
+    max_image_bytes: int
 
 
 class _Accepted(NamedTuple):
@@ -92,24 +113,26 @@ def run_import(
     parse: Parser,
     name: str,
     identical_rows: Literal["leave out", "keep"],
+    scale: Scale | None = None,
     shards: int | None = None,
     workers: int | None = None,
     progress: bool = True,
     max_pixels: int = MAX_PIXELS,
     max_image_bytes: int = MAX_BYTES,
 ) -> Summary:
-    """Imports rows into a corpus; see the module for how, and `import_vlfeedback` for the arguments.
+    """Imports rows into a corpus; see the module for how, `import_vlfeedback` and `ImportOptions` for the rest.
 
     Args:
         parse: what makes a row a draft.
         name: of the data set, in file names and as the records' source.
         identical_rows: whether a row that repeats an earlier one with its id is listed as a duplicate, or kept. A row
             that has an earlier one's id but says something else is always kept. What is kept is renamed: `id#2`.
+        scale: lowest and highest rating, where rows have ratings.
     """
     if workers is not None and workers < 1:
         raise UserError(f"workers: {workers} is not at least 1")
     rows = Table(source)
-    with closing(open_images(images, max_bytes=max_image_bytes)) as store:
+    with closing(images_of_rows(rows.path, images, max_bytes=max_image_bytes)) as store:
         plan = _scan(rows, store, parse, identical_rows, progress)
         if not plan.accepted:
             raise nothing_usable(rows.path, plan.rejections)
@@ -122,23 +145,19 @@ def run_import(
         with CorpusBuilder(dst, name, min(count, len(plan.accepted))) as builder:
             job = _Job(rows, store, parse, name, max_pixels, settings, builder, plan.accepted)
             entries = _run_all(job, workers or os.cpu_count() or 1, progress)
-            return _finish(builder, rows, plan, entries, key)
+            return _finish(builder, rows, plan, entries, key, scale)
 
 
-def _finish(builder: CorpusBuilder, rows: Table, plan: _Plan, entries: list[Entry], key: str) -> Summary:
+def _finish(
+    builder: CorpusBuilder, rows: Table, plan: _Plan, entries: list[Entry], key: str, scale: Scale | None
+) -> Summary:
     """Sums up the shards and completes the corpus."""
-    in_shards = [Rejection(**fields) for entry in entries for fields in entry.notes["rejections"]]
-    rejections = sorted(plan.rejections + in_shards)
+    rejections = sorted(plan.rejections + rejections_of(entries))
     if not any(entry.shard.records for entry in entries):
         raise nothing_usable(rows.path, rejections)
-    summary = _sum_up(plan, entries, rejections)
     aspects = list(dict.fromkeys(aspect for entry in entries for aspect in entry.notes["aspects"]))
-    files = {
-        "rejected.jsonl": (rejection.to_json() + "\n" for rejection in rejections),
-        "summary.json": [summary.to_json()],
-    }
-    builder.finish(entries, files, {"aspects": aspects, "input": key})
-    return summary
+    facts = {"aspects": aspects, "input": key, "scales": dict.fromkeys(aspects, scale)}
+    return finish(builder, entries, rejections, facts, rows=plan.rows, renamed=plan.renamed)
 
 
 def _scan(rows: Table, store: Images, parse: Parser, identical_rows: str, progress: bool) -> _Plan:
@@ -172,11 +191,15 @@ def _scan(rows: Table, store: Images, parse: Parser, identical_rows: str, progre
             except Rejected as why:
                 plan.rejections.append(_rejection(rows, row.place, plan.rows, row.line, row_id, why))
                 continue
-            digest = hashlib.sha256(_hash(row.digest, id, *stamps).encode()).digest()
+            digest = hashlib.sha256(_hash(row.digest, id, *stamps, *draft.off_scale).encode()).digest()
             plan.accepted.append(_Accepted(row.place, plan.rows, row.line, id, digest))
-            for why_dropped in draft.dropped:
-                dropped = Rejected("response dropped", why_dropped)
-                plan.rejections.append(_rejection(rows, row.place, plan.rows, row.line, id, dropped, "response"))
+            for what, reason, details in (
+                ("response", "response dropped", draft.dropped),
+                ("rating", "rating off the scale", draft.off_scale),
+            ):
+                for detail in details:
+                    left_out = Rejected(reason, detail)
+                    plan.rejections.append(_rejection(rows, row.place, plan.rows, row.line, id, left_out, what))
     return plan
 
 
@@ -236,7 +259,9 @@ class _Job:
                 source=self.name,
                 extra=draft.extra,
             )
-            counts.update(counts_of(record), dropped_responses=len(draft.dropped))
+            counts.update(
+                counts_of(record), dropped_responses=len(draft.dropped), ratings_off_scale=len(draft.off_scale)
+            )
             aspects.update(dict.fromkeys(aspect for response in record.responses for aspect in response.ratings))
             for rule, found in pairs_by_rule(record).items():
                 pair_counts[rule] += found
@@ -283,33 +308,6 @@ def finished_before(dst: Path, key: str) -> Summary:
         )
     shutil.rmtree(dst / BUILDING, ignore_errors=True)  # a run killed right after the manifest leaves it behind
     return Summary.from_json((dst / "summary.json").read_text(encoding="utf-8"))
-
-
-def _sum_up(plan: _Plan, entries: list[Entry], rejections: list[Rejection]) -> Summary:
-    counts: Counter[str] = Counter()
-    pair_counts: Counter[str] = Counter()
-    for entry in entries:
-        counts.update(entry.notes["counts"])
-        pair_counts.update(entry.notes["pairs"])
-    rejected = Counter(rejection.reason for rejection in rejections if rejection.what == "row")
-    duplicates = rejected + plan.renamed
-    return Summary(
-        rows=plan.rows,
-        records=sum(entry.shard.records for entry in entries),
-        images=counts["images"],
-        text_only=counts["text_only"],
-        responses=counts["responses"],
-        dropped_responses=counts["dropped_responses"],
-        ratings=counts["ratings"],
-        missing_ratings=counts["missing_ratings"],
-        ratings_outside_1_to_5=counts["ratings_outside_1_to_5"],
-        duplicate_ids_identical=duplicates["duplicate id, identical row"],
-        duplicate_ids_differing=duplicates["duplicate id, differing row"],
-        unreadable_images=rejected["unreadable image"] + rejected["image too large"],
-        refused_files=sum(rejection.what == "file" for rejection in rejections),
-        rejected=dict(sorted(rejected.items())),
-        pairs=dict(pair_counts),
-    )
 
 
 def _find(draft: Draft, store: Images) -> list[str | bytes]:

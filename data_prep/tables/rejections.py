@@ -1,4 +1,4 @@
-"""Why a row, a response or a file is left out: counted by reason, and listed one by one in `rejected.jsonl`."""
+"""Why a row, or part of one, or a file is left out: counted by reason, and listed one by one in `rejected.jsonl`."""
 
 import json
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Rejection:
         number: of the row in the whole input, from 1; 0 for a file that is no row.
         file: the source file's name, or the refused image file.
         line: of the row in that file, from 1; 0 where there is none.
-        what: "row", "response" or "file".
+        what: "row", "response", "rating", "file", or "reply" of a judge.
         id: the row's id where it could be read.
         reason, detail: as in `Rejected`.
     """

@@ -1,15 +1,22 @@
-"""What an import counted."""
+"""What an import or a build counted, and the last step of both."""
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from data_prep.tables.rejections import Rejection
 from silkie_jax.corpus import pairs as rules
 from silkie_jax.corpus.schema import Record
+from silkie_jax.corpus.shards import CorpusBuilder, Entry
 
 _RULES = (rules.mean_rating, rules.longest_as_best, rules.model_as_best, rules.best_vs_worst, rules.given)
+_COUNTED = (
+    *("images", "text_only", "responses", "dropped_responses"),
+    *("ratings", "missing_ratings", "ratings_off_scale"),
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Summary:
         dropped_responses: left out of a record that was kept, because they are no text.
         ratings: numbers found.
         missing_ratings: ratings absent or not a number (NaN in the corpus).
-        ratings_outside_1_to_5: kept as they are.
+        ratings_off_scale: of the missing ones, numbers off the scale; each is listed in `rejected.jsonl`.
         duplicate_ids_identical: rows that repeat an earlier one: left out (VLFeedback) or renamed (pairs).
         duplicate_ids_differing: rows with the id of an earlier row that says something else: renamed.
         unreadable_images: rows left out because an image is damaged, of an unknown format or too large.
@@ -42,7 +49,7 @@ class Summary:
     dropped_responses: int
     ratings: int
     missing_ratings: int
-    ratings_outside_1_to_5: int
+    ratings_off_scale: int
     duplicate_ids_identical: int
     duplicate_ids_differing: int
     unreadable_images: int
@@ -55,7 +62,9 @@ class Summary:
 
     @classmethod
     def from_json(cls, text: str) -> "Summary":
-        return cls(**json.loads(text))
+        fields = json.loads(text)
+        fields.setdefault("ratings_off_scale", fields.pop("ratings_outside_1_to_5", 0))  # as it was called
+        return cls(**fields)
 
     def table(self) -> str:
         """A small table for the terminal; counts of 0 that are only of interest when they are not are left out."""
@@ -84,7 +93,6 @@ def counts_of(record: Record) -> dict[str, int]:
         "responses": len(record.responses),
         "ratings": len(numbers),
         "missing_ratings": len(ratings) - len(numbers),
-        "ratings_outside_1_to_5": sum(not 1 <= rating <= 5 for rating in numbers),
     }
 
 
@@ -93,6 +101,54 @@ def pairs_by_rule(record: Record) -> dict[str, int]:
     counts = {rule.__name__: len(rule(record)) for rule in _RULES}
     aspects = dict.fromkeys(aspect for response in record.responses for aspect in response.ratings)
     return counts | {f"aspect {aspect}": len(rules.aspect(record, aspect)) for aspect in aspects}
+
+
+def rejections_of(entries: Iterable[Entry]) -> list[Rejection]:
+    """What was left out while the shards were made, as their notes keep it."""
+    return [Rejection(**fields) for entry in entries for fields in entry.notes["rejections"]]
+
+
+def finish(
+    builder: CorpusBuilder,
+    entries: list[Entry],
+    rejections: Iterable[Rejection],
+    facts: Mapping[str, Any],
+    *,
+    rows: int,
+    renamed: Mapping[str, int] | None = None,
+) -> Summary:
+    """Sums up the shards and completes the corpus, with its `rejected.jsonl` and `summary.json`.
+
+    Args:
+        builder: of the corpus.
+        entries: of every shard; their notes hold `counts` (see `counts_of`) and `pairs` (see `pairs_by_rule`).
+        rejections: all that was left out, in the order in which it is listed.
+        facts: for the manifest.
+        rows: of the input.
+        renamed: why rows got another id -> how many.
+    """
+    rejections = list(rejections)
+    counts: Counter[str] = Counter()
+    pairs: Counter[str] = Counter()
+    for entry in entries:
+        counts.update(entry.notes["counts"])
+        pairs.update(entry.notes["pairs"])
+    rejected = Counter(rejection.reason for rejection in rejections if rejection.what == "row")
+    duplicates = rejected + Counter(renamed or {})
+    summary = Summary(
+        rows=rows,
+        records=sum(entry.shard.records for entry in entries),
+        **{key: counts[key] for key in _COUNTED},
+        duplicate_ids_identical=duplicates["duplicate id, identical row"],
+        duplicate_ids_differing=duplicates["duplicate id, differing row"],
+        unreadable_images=rejected["unreadable image"] + rejected["image too large"],
+        refused_files=sum(rejection.what == "file" for rejection in rejections),
+        rejected=dict(sorted(rejected.items())),
+        pairs=dict(pairs),
+    )
+    listed = (rejection.to_json() + "\n" for rejection in rejections)
+    builder.finish(entries, {"rejected.jsonl": listed, "summary.json": [summary.to_json()]}, facts)
+    return summary
 
 
 def _lines(counts: Iterable[tuple[str, int]]) -> str:

@@ -2,15 +2,16 @@
 
 import math
 import os
-from typing import Any
+from functools import partial
+from typing import Any, Unpack
 
 from data_prep.tables import fields
-from data_prep.tables.importing import Draft, run_import
+from data_prep.tables.importing import Draft, ImportOptions, run_import
 from data_prep.tables.rejections import Rejected
 from data_prep.tables.summary import Summary
 from silkie_jax.corpus.schema import Response
-from silkie_jax.image_limits import MAX_BYTES, MAX_PIXELS
 
+SCALE = (1, 5)
 ASPECTS = ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
 _FIELDS = ("id", "prompt", "models", "completions", "img_path", "image")
 
@@ -20,29 +21,23 @@ def import_vlfeedback(
     images: str | os.PathLike[str] | None,
     dst: str | os.PathLike[str],
     *,
-    shards: int | None = None,
-    workers: int | None = None,
-    progress: bool = True,
-    max_pixels: int = MAX_PIXELS,
-    max_image_bytes: int = MAX_BYTES,
+    scale: fields.Scale = SCALE,
+    **options: Unpack[ImportOptions],
 ) -> Summary:
     """Imports VLFeedback rows and their images; run the same call again to resume one that was interrupted.
 
     A row has `id`, `prompt`, `completions` (a list of objects or an object of lists; each with `model`, `response` and
     `annotations`: aspect -> `Rating` and `Rationale`) and `img_path`. Its image is looked up by `img_path`, by the file
     name alone, and by `{id}.*`; a row without `img_path` and without such a file is text only. Order is the input's. A
-    row that repeats an earlier one is left out; one that shares only the id is kept as `id#2`. What is left out is
-    listed in `rejected.jsonl` of the corpus.
+    row that repeats an earlier one is left out; one that shares only the id is kept as `id#2`. A number off the scale
+    is no rating. What is left out is listed in `rejected.jsonl` of the corpus.
 
     Args:
         source: a .jsonl or .parquet file, or a folder of them.
-        images: a folder or a zip, read in place; None where rows carry their images or have none.
+        images: a folder, zip or tar, read in place; None: beside the rows, where the rows do not carry them.
         dst: the corpus folder to make.
-        shards: number of files; about one for each 1,000 rows by default.
-        workers: threads; as many as there are processors by default.
-        progress: whether to show progress on stderr.
-        max_pixels: limit on an image's width x height.
-        max_image_bytes: limit on the size of an image file.
+        scale: lowest and highest rating.
+        options: see `ImportOptions`.
 
     Returns:
         What was imported, also saved as `summary.json`. A corpus finished before from the same input is left alone.
@@ -50,22 +45,20 @@ def import_vlfeedback(
     Raises:
         UserError: a file is missing or of another kind, `dst` holds something else, or no row can be used.
     """
+    fields.check_scale(*scale, "--scale: ")
     return run_import(
         source,
         images,
         dst,
-        parse=parse_row,
+        parse=partial(parse_row, scale=scale),
         name="vlfeedback",
         identical_rows="leave out",
-        shards=shards,
-        workers=workers,
-        progress=progress,
-        max_pixels=max_pixels,
-        max_image_bytes=max_image_bytes,
+        scale=scale,
+        **options,
     )
 
 
-def parse_row(row: dict[str, Any]) -> Draft:
+def parse_row(row: dict[str, Any], scale: fields.Scale = SCALE) -> Draft:
     """One row in the corpus's terms.
 
     Raises:
@@ -93,6 +86,13 @@ def parse_row(row: dict[str, Any]) -> Draft:
         try:
             answer = fields.text(completion.get("response"), "response")
             ratings, rationales = _ratings(completion.get("annotations"))
+            for aspect, rating in ratings.items():
+                if not (math.isnan(rating) or scale[0] <= rating <= scale[1]):
+                    ratings[aspect] = math.nan
+                    draft.off_scale.append(
+                        f"completion {index}, {aspect}: {rating:g} is not between {scale[0]:g} and {scale[1]:g}: "
+                        "correct it, or name the scale with --scale"
+                    )
             draft.responses.append(Response(answer, fields.text(model or "", "model"), ratings, rationales))
         except Rejected as why:
             draft.dropped.append(f"completion {index}: {why}")

@@ -15,6 +15,7 @@ from silkie_jax.checkpoints.folders import check_room, copy_side_files, new_fold
 from silkie_jax.checkpoints.peft import load_adapter
 from silkie_jax.checkpoints.sources import (
     MARKER,
+    WEIGHTS,
     Piece,
     Source,
     lay_out,
@@ -142,13 +143,17 @@ def save_model(model: QwenVL, dst: str | Path, like: str | Path, dtype: str | No
         for _ in parts:  # gathering needs every process
             pass
         return
-    with new_folder(dst, replace=MARKER) as folder:
-        check_room(folder, sum(nbytes(dtypes[path], leaf.shape) for path, leaf in tree.items()))
-        copy_side_files(Path(like), folder)
-        write = lay_out(folder, tree, dtypes)
-        for piece, values in parts:
-            write(piece, values.astype(dtypes[piece.leaf.path], copy=False))
-        write_marker(folder, dtypes.values())
+    try:
+        with new_folder(dst, replace=(MARKER, WEIGHTS)) as folder:
+            check_room(folder, sum(nbytes(dtypes[path], leaf.shape) for path, leaf in tree.items()))
+            copy_side_files(Path(like), folder)
+            write = lay_out(folder, tree, dtypes)
+            for piece, values in parts:
+                write(piece, values.astype(dtypes[piece.leaf.path], copy=False))
+            write_marker(folder, dtypes.values())
+    finally:
+        for _ in parts:  # where it could not be written, the others still gather
+            pass
 
 
 def _gather(array: jax.Array, piece: Piece) -> np.ndarray:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from silkie_jax.corpus import schema
+from silkie_jax.durable import sync
 from silkie_jax.errors import UserError
 from silkie_jax.locks import lock
 
@@ -281,20 +282,11 @@ def _published(path: Path, temporary_in: Path) -> Iterator[Path]:
     temporary = temporary_in / f"{path.name}.{secrets.token_hex(8)}.tmp"
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

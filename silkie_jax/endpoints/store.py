@@ -17,6 +17,7 @@ import sqlite3
 import urllib.parse
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,15 @@ from typing import Any, ClassVar, Self
 
 from PIL import Image
 
+from silkie_jax.durable import sync
 from silkie_jax.errors import UserError
+from silkie_jax.image_limits import STORED
 from silkie_jax.locks import lock
 
 FORMAT = 1
 DATABASE = "run.sqlite"
 _SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png"}
+_SYNCS = 16  # image files that are synced side by side
 _LOG_BYTES = 64 * 2**20  # that SQLite's log may keep when it has been written to the database
 
 # A request is `open` until it has its reply, then `ok`, or `failed` for good, or `postponed` where a later command may
@@ -115,6 +119,8 @@ class RunStore:
         self.path = path
         self.db = db
         self._lock = lock
+        self._sound: set[str] = set()  # images whose files this process has seen to be right
+        self._unsynced: set[Path] = set()  # image files that may still be in the system's memory alone
 
     @classmethod
     def create(cls, path: str | os.PathLike[str]) -> Self:
@@ -178,10 +184,11 @@ class RunStore:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All that is written within is committed at once, or not at all."""
+        """All that is written within is committed at once, or not at all; images are on the disk before."""
         with self.db:
             self.db.execute("BEGIN IMMEDIATE")
             yield
+            self._sync_images()
 
     def _check_format(self) -> None:
         try:
@@ -236,22 +243,39 @@ class RunStore:
     # Images
 
     def add_image(self, data: bytes) -> str:
-        """Stores a JPEG or PNG file that was checked before; returns its SHA-256. Adding it again does nothing.
+        """Stores a JPEG or PNG file that was checked before; returns its SHA-256.
 
-        Many are added quickly within `transaction()`; `os.sync` before anything refers to them makes them durable.
+        Of one that is there already the file is compared, and written again where it differs: a power cut empties
+        files that were just written. A row of the database never refers to a file that is not on the disk; many are
+        synced together within `transaction()`.
         """
         sha256 = hashlib.sha256(data).hexdigest()
-        if self.db.execute("SELECT 1 FROM images WHERE sha256 = ?", (sha256,)).fetchone():
+        known = self.db.execute("SELECT 1 FROM images WHERE sha256 = ?", (sha256,)).fetchone()
+        if known and sha256 in self._sound:
             return sha256
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+        with Image.open(io.BytesIO(data), formats=STORED) as image:
             (width, height), suffix = image.size, _SUFFIXES[image.format or ""]
         file = self.path / "images" / sha256[:2] / (sha256 + suffix)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".tmp.{os.getpid()}")
-        temporary.write_bytes(data)
-        os.replace(temporary, file)
-        self.db.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?)", (sha256, suffix, width, height, len(data)))
+        if not _holds(file, data):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(f".tmp.{os.getpid()}")
+            temporary.write_bytes(data)
+            os.replace(temporary, file)
+        self._sound.add(sha256)
+        self._unsynced.add(file)
+        if not self.db.in_transaction:
+            self._sync_images()
+        if not known:
+            self.db.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?)", (sha256, suffix, width, height, len(data)))
         return sha256
+
+    def _sync_images(self) -> None:
+        """Waits until the image files are on the disk, and under their names."""
+        folders = {folder for file in self._unsynced for folder in (file.parent, file.parent.parent, self.path)}
+        with ThreadPoolExecutor(_SYNCS) as pool:  # waits that come together cost a file system little more than one
+            for paths in (self._unsynced, folders):
+                list(pool.map(sync, paths))
+        self._unsynced.clear()
 
     def image_path(self, sha256: str) -> Path:
         """Where an image of the run lies."""
@@ -384,6 +408,14 @@ def connect_to_read(path: Path, immutable: bool = False) -> sqlite3.Connection:
         db.close()
         raise UserError(f"{path} is not a run's database ({error})") from None
     return db
+
+
+def _holds(file: Path, data: bytes) -> bool:
+    """Whether a file is there and holds just this."""
+    try:
+        return file.stat().st_size == len(data) and file.read_bytes() == data
+    except OSError:
+        return False
 
 
 def to_json(value: Any) -> str:

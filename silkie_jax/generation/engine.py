@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from silkie_jax.errors import UserError
-from silkie_jax.generation.meters import Meters
+from silkie_jax.generation.meters import EngineMeters
 from silkie_jax.generation.programs import STOPS, Decoded, Lanes, Programs
 from silkie_jax.generation.requests import (
     CANCELLED,
@@ -133,7 +133,7 @@ class Engine:
             raise UserError(f"the engine's slots must be at least 1, not {slots}")
         self.config = model.config
         self.context = context
-        self.meters = Meters()
+        self.meters = EngineMeters()
         self._programs = Programs(
             model,
             slots=-(-slots // rows) * rows,

@@ -4,12 +4,11 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Meters:
+class EngineMeters:
     """What an engine has done so far.
 
     prompts, prompt_tokens: computed, each once whatever its `n`. images: encoded; image_hits: found in the pool.
-    samples, tokens: finished completions, and ids of all. prefill_seconds includes encoding. busy: of the slots while
-    decoding, in slot-steps; steps: how many were computed.
+    samples, tokens: finished completions, and ids of all. steps: of decoding. prefill_seconds includes encoding.
     """
 
     prompts: int = 0

@@ -142,9 +142,9 @@ class Programs:
 
     def fork(self, source: int, targets: Sequence[int]) -> None:
         """Copies what a slot holds to other ones."""
-        numbers = np.full(self.count, self.count, np.int32)
+        numbers = np.zeros(self.count, np.int32)
         numbers[: len(targets)] = targets
-        self._kept = self._fork(self._kept, np.int32(source), numbers)
+        self._kept = self._fork(self._kept, np.int32(source), numbers, np.int32(len(targets)))
 
     def decode(self, lanes: Lanes, eager: bool) -> Decoded:
         """Up to `steps` more ids of each slot, fewer as soon as one ends if `eager`; waits for them."""
@@ -179,8 +179,11 @@ class Programs:
         new = model.language.prefill(x, r, self.kernel.among(branches))
         return tuple(self.keeper.keep_prompts(kept, *layer, numbers) for kept, layer in zip(slots, new, strict=True))
 
-    def _fork_slot(self, slots: Layers, source: Array, targets: Array) -> Layers:
-        return jax.tree.map(lambda x: x.at[targets].set(x[source], mode="drop"), slots)
+    def _fork_slot(self, slots: Layers, source: Array, targets: Array, count: Array) -> Layers:
+        def copy(i: Array, slots: Layers) -> Layers:
+            return jax.tree.map(lambda x: x.at[targets[i]].set(x[source]), slots)
+
+        return jax.lax.fori_loop(0, count, copy, slots)
 
     def _decode_slots(
         self, state: nnx.State, slots: Layers, lanes: Any, eager: Bool[Array, ""]

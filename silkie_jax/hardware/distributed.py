@@ -2,8 +2,12 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+import numpy as np
 
 from silkie_jax.errors import UserError
 
@@ -43,6 +47,61 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
         raise UserError(f"--coordinator {coordinator}: the {processes} processes did not meet ({reason})") from None
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """What fails inside on one host fails on all of them: the others say which host it was, and why.
+
+    A host that left alone would have the others wait for it in their next collective, until they take it for dead.
+    Whatever inside needs all hosts must be done by each of them, whether it fails or not.
+
+    Raises:
+      UserError: another host failed.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        yield
+        return
+    own: BaseException | None = None
+    try:
+        yield
+    except BaseException as e:
+        own = e
+    said = _tell_all("" if own is None else str(own) or type(own).__name__)
+    if own is not None:
+        raise own
+    for host, why in enumerate(said):
+        if why:
+            raise UserError(f"host {host} stopped: {why}")
+
+
+def _tell_all(line: str) -> list[str]:
+    """What each host has to say."""
+    from jax.experimental import multihost_utils
+
+    own = np.frombuffer(line.encode()[:1000].ljust(1000, b"\0"), np.uint8)
+    return [bytes(host).rstrip(b"\0").decode(errors="replace") for host in multihost_utils.process_allgather(own)]
+
+
+def as_the_first_host(value: int) -> int:
+    """The first host's value, on all of them: what each reads from a disk need not be the same."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def on_all_hosts(flags: list[bool]) -> list[bool]:
+    """Which of the flags hold on every host."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return flags
+    gathered = np.asarray(multihost_utils.process_allgather(np.array(flags)))
+    return [bool(host.all()) for host in gathered.reshape(-1, len(flags)).T]
+
+
 def _local_devices() -> list[int] | None:
     """The devices of this process for JAX: [], all of the host's, where Slurm or Open MPI started one process a host.
 
@@ -64,25 +123,26 @@ def _in_cluster() -> bool:
 
 
 class StopRequest:
-    """Turns SIGTERM and the first Ctrl-C into a stop after the step under way, with a checkpoint.
+    """Turns SIGTERM and the first Ctrl-C into a stop after the step or evaluation batch under way, with a checkpoint.
 
-    On several hosts a SIGTERM to any of them stops all at the same step: JAX's coordination service passes it on.
+    On several hosts a SIGTERM to any of them stops all at the same place: JAX's coordination service passes it on.
     """
 
     def __init__(self) -> None:
         import jax
 
         self._alone = jax.process_count() == 1
-        self._asked = False
+        self._asked, self._times = False, 0
         self._before: dict[int, Any] = {}
 
-    def asked(self, step: int) -> bool:
-        """Whether to stop after this step; every host must ask at every step."""
+    def asked(self) -> bool:
+        """Whether to stop here; every host must ask at the same places."""
         if self._alone:
             return self._asked
         from jax.experimental import multihost_utils
 
-        return multihost_utils.reached_preemption_sync_point(step)
+        self._times += 1
+        return multihost_utils.reached_preemption_sync_point(self._times)
 
     def __enter__(self) -> "StopRequest":
         if self._alone:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from silkie_jax.errors import UserError
+from silkie_jax.hardware.distributed import as_the_first_host, on_all_hosts, together
 from silkie_jax.hardware.mesh import BATCH, RULES
 from silkie_jax.nn.attention import PADDING, PLAIN, Kernel
 from silkie_jax.nn.flash import FLASH
@@ -52,21 +52,23 @@ def sound_kernel(
     names = CANDIDATES[platform] if name == "auto" else (name,)
     kernels = [attention_kernel(n, dtype, mesh) for n in names if n != "cudnn" or name == n or dtype == "bfloat16"]
     wrong = [_what_is_wrong(kernel, jnp.dtype(dtype)) for kernel in kernels]
-    for kernel, why in zip(kernels, wrong, strict=True):
-        if why and name != "auto":
-            raise UserError(f"attention: {name} is not sound on this machine: {why}; use attention=plain")
-        if why:
-            say(f"attention: {kernel.name} is not sound on this machine and is left out: {why}")
+    with together():
+        for kernel, why in zip(kernels, wrong, strict=True):
+            if why and name != "auto":
+                raise UserError(f"attention: {name} is not sound on this machine: {why}; use attention=plain")
+            if why:
+                say(f"attention: {kernel.name} is not sound on this machine and is left out: {why}")
     # All hosts must take the same one: what is sound on each of them, and of these what the first one chooses.
-    sound = _on_all_hosts([not why for why in wrong])
+    sound = on_all_hosts([not why for why in wrong])
     choices = [kernel for kernel, ok in zip(kernels, sound, strict=True) if ok]
-    if not choices or before == "plain":
-        best = -1
-    elif before in (known := [kernel.name for kernel in choices]):
-        best = known.index(before)
-    else:
-        best = _fastest(choices, jnp.dtype(dtype), say) if len(choices) > 1 else 0
-    best = _as_the_first_host(best)
+    with together():
+        if not choices or before == "plain":
+            best = -1
+        elif before in (known := [kernel.name for kernel in choices]):
+            best = known.index(before)
+        else:
+            best = _fastest(choices, jnp.dtype(dtype), say) if len(choices) > 1 else 0
+    best = as_the_first_host(best)
     return choices[best] if best >= 0 else attention_kernel("plain", dtype, mesh)
 
 
@@ -82,7 +84,7 @@ def sound_keeper(dtype: str, mesh: Mesh, say: Callable[[str], None] = print) -> 
     why = _what_is_wrong_with(keeper)
     if why:
         say(f"attention: cudnn is not sound for decoding on this machine and is left out: {why}")
-    return keeper if _on_all_hosts([not why])[0] else plain
+    return keeper if on_all_hosts([not why])[0] else plain
 
 
 def _what_is_wrong_with(keeper: Keeper) -> str | None:
@@ -112,18 +114,6 @@ def _apart(pairs: Iterable[tuple[np.ndarray, np.ndarray]], dtype: jnp.dtype) -> 
     apart = float(np.max([0.0, *(np.abs(a - b).max() / max(np.abs(b).max(), 1e-6) for a, b in pairs)]))
     allowed = {2: 4, 4: 64}[dtype.itemsize] * float(jnp.finfo(dtype).eps)  # of the largest: 3% in bfloat16
     return None if apart < allowed else f"its values are {apart:.1e} apart from the plain ones"
-
-
-def _on_all_hosts(flags: list[bool]) -> list[bool]:
-    """Which of the flags hold on every host."""
-    if jax.process_count() == 1:
-        return flags
-    gathered = np.asarray(multihost_utils.process_allgather(np.array(flags)))
-    return [bool(host.all()) for host in gathered.reshape(-1, len(flags)).T]
-
-
-def _as_the_first_host(number: int) -> int:
-    return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def _platform(mesh: Mesh) -> str:

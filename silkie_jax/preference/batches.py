@@ -1,12 +1,11 @@
-"""Corpus records -> rows -> batches of one step, the same whoever asks (see plan.py).
+"""Corpus records -> rows -> batches of one step, the same whoever asks (see plan.py and grid.py).
 
-A step's batch is a grid of `accumulate` x `batch_rows` sequences. Every host lays out the text of all of them (cheap,
-and all must agree on the padded lengths) and decodes the images of its own rows only.
+Every host lays out the text of all sequences of a step (cheap, and all must agree on the padded lengths) and decodes
+the images of its own rows only.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -17,8 +16,8 @@ from silkie_jax.models.qwen_vl.image import read_image
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.nn.attention import PADDING, ROW
 from silkie_jax.preference.counts import Work, response_lengths, row_work
+from silkie_jax.preference.grid import Grid, Shape
 from silkie_jax.preference.layout import Layout
-from silkie_jax.preference.plan import Plan
 from silkie_jax.preference.rows import ROW_FORM, Row, make_row
 
 Arrays = dict[str, np.ndarray]
@@ -41,7 +40,7 @@ class Batch:
     arrays: Arrays
     ids: list[str]
     work: Work
-    shape: "Shape"
+    shape: Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,26 +80,13 @@ class RowOptions:
         return {**about, **dataclasses.asdict(self)}
 
 
-class Shape(NamedTuple):
-    """Padded sizes of a batch: sequences of each accumulated batch, then the most of a sequence."""
-
-    sequences: int
-    tokens: int
-    labels: int
-    pairs: int
-    images: int
-    branches: int
-
-
 class BatchSource:
     """The batches of a run by step number.
 
     Args:
-      indices: the corpus records of the plan.
-      rows, accumulate: sequences of a batch, and batches of a step.
-      shards: what the number of sequences must be a multiple of (the mesh's batch axes); empty ones fill up.
+      indices: the corpus records of the grid's plan.
+      grid: which of them make up each step, and in which forward passes.
       local: says which of so many sequences this host's devices hold (None: all). Others get no pixels.
-      pack: tokens up to which short rows are packed into one sequence; None: a sequence is a row.
       reference: stored log-probabilities, where they are used.
       layout: the rows, where they are kept; otherwise they are laid out again.
     """
@@ -109,80 +95,42 @@ class BatchSource:
         self,
         corpus: CorpusReader,
         indices: Int[np.ndarray, "I"],
-        plan: Plan,
+        grid: Grid,
         tokenizer: Tokenizer,
         options: RowOptions,
         *,
         image_size: int,
-        rows: int,
-        accumulate: int = 1,
-        shards: int = 1,
         local: Callable[[int], Bool[np.ndarray, "B"]] | None = None,
-        pack: int | None = None,
         reference: ReferenceLogps | None = None,
         layout: Layout | None = None,
     ):
-        self.corpus, self.indices, self.plan = corpus, indices, plan
+        self.corpus, self.indices, self.grid = corpus, indices, grid
         self.tokenizer, self.options, self.reference = tokenizer, options, reference
-        self.image_size, self.rows, self.accumulate, self.shards = image_size, rows, accumulate, shards
+        self.image_size, self.layout = image_size, layout
         self.local = local or (lambda count: np.ones(count, bool))
-        self.pack, self.layout = pack, layout
-        self._widest: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.plan.steps_per_epoch
-
-    def groups(self, step: int) -> list[list[int]]:
-        """The records (rows of plan.sizes) of each sequence of a step, A x B of them."""
-        records = self.plan.records(step).tolist()
-        groups = [[record] for record in records]
-        sequences = self.rows
-        if self.pack:
-            lengths = [int(self.plan.sizes[record, 0]) for record in records]
-            groups = [[records[i] for i in some] for some in first_fit(lengths, max(self.pack, *lengths))]
-            sequences = -(-len(groups) // self.accumulate)
-        padded = -(-sequences // self.shards) * self.shards
-        grid: list[list[int]] = []
-        for first in range(0, self.accumulate * sequences, sequences):
-            some = groups[first : first + sequences]
-            grid += some + [[]] * (padded - len(some))
-        return grid
-
-    def shape(self, step: int) -> Shape:
-        """The padded sizes of a step's batch, known from the rows' sizes without laying them out."""
-        groups = self.groups(step)
-        own = make_shape(len(groups) // self.accumulate, [self.plan.sizes[group].sum(0) for group in groups if group])
-        return Shape(*own[:2], *np.max([own[2:], self._widest.get(own[:2], own[2:])], axis=0).tolist())
-
-    def shapes(self, steps: range) -> set[Shape]:
-        """The shapes of all these steps, at most one for each padded length.
-
-        What else is padded (labels, pairs, images, branches) is from now on padded alike in all steps of one length, so
-        that each length is compiled once.
-        """
-        for step in steps:
-            own = self.shape(step)
-            self._widest[own[:2]] = own[2:]
-        return {self.shape(step) for step in steps}
+        return self.grid.plan.steps_per_epoch
 
     def batch(self, step: int) -> Batch:
         """Reads, lays out and decodes one step."""
-        grid, shape = self.groups(step), self.shape(step)
-        wanted = [int(self.indices[i]) for group in grid for i in group]
+        shape = self.grid.shape(step)
+        groups = [group for batch in self.grid.batches(step) for group in batch]
+        wanted = [int(self.indices[i]) for group in groups for i in group]
         made = iter(self._rows(wanted))
-        rows = [[next(made) for _ in group] for group in grid]
+        rows = [[next(made) for _ in group] for group in groups]
         flat = collate(rows, shape, self.tokenizer.end_of_text)
-        local = np.tile(self.local(shape.sequences), self.accumulate)
+        local = np.tile(self.local(shape.sequences), shape.batches)
         flat |= decode_images(rows, shape.images, self.image_size, local)
         if self.reference is not None:
-            flat["reference_logps"] = np.zeros((len(grid), shape.branches), np.float32)
-            for values, group, laid_out in zip(flat["reference_logps"], grid, rows, strict=True):
+            flat["reference_logps"] = np.zeros((len(groups), shape.branches), np.float32)
+            for values, group, laid_out in zip(flat["reference_logps"], groups, rows, strict=True):
                 known = [
                     self.reference(int(self.indices[i]), row.responses) for i, row in zip(group, laid_out, strict=True)
                 ]
                 values[: sum(map(len, known))] = np.concatenate([*known, []])
-        arrays = {k: v.reshape(self.accumulate, shape.sequences, *v.shape[1:]) for k, v in flat.items()}
+        arrays = {k: v.reshape(shape.batches, shape.sequences, *v.shape[1:]) for k, v in flat.items()}
         work = sum((_work(row) for group in rows for row in group), Work())
         return Batch(arrays, [row.id for group in rows for row in group], work, shape)
 
@@ -209,20 +157,6 @@ class BatchSource:
 
 def _work(row: Row) -> Work:
     return row_work(*response_lengths(row.branches), len(row.labels), len(row.images), len(row.pairs))
-
-
-def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Packs by first-fit decreasing: the members of each sequence, each in its original order."""
-    room: list[int] = []
-    members: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = next((p for p, left in enumerate(room) if left >= lengths[i]), len(room))
-        if place == len(room):
-            room.append(capacity)
-            members.append([])
-        room[place] -= lengths[i]
-        members[place].append(i)
-    return [sorted(some) for some in members]
 
 
 def collate(groups: Sequence[Sequence[Row]], shape: Shape, pad: int) -> Arrays:
@@ -258,19 +192,6 @@ def collate(groups: Sequence[Sequence[Row]], shape: Shape, pad: int) -> Arrays:
     return out
 
 
-def make_shape(sequences: int, sizes: Sequence[Int[np.ndarray, "6"]]) -> Shape:
-    """The shape that holds sequences of these sizes (layout.SIZES, summed over a sequence's rows)."""
-    tokens, labels, pair_count, images, branches, _ = np.max(sizes, axis=0).tolist()
-    return Shape(
-        sequences,
-        bucket(tokens),
-        bucket(labels),
-        pairs=round_up(max(pair_count, 1), 6),
-        images=images,
-        branches=round_up(max(branches, 1), 4),
-    )
-
-
 def decode_images(
     groups: Sequence[Sequence[Row]], most: int, size: int, wanted: Bool[np.ndarray, "G"] | None = None
 ) -> dict[str, UInt8[np.ndarray, "G M S S 3"]]:
@@ -287,12 +208,3 @@ def decode_images(
         for j, (row, number, data) in enumerate((r, n, d) for r in group for n, d in enumerate(r.images, 1)):
             pixels[i, j] = read_image(data, size, name=f"corpus record {row.id!r}, image {number}")
     return {"images": pixels}
-
-
-def bucket(n: int) -> int:
-    """The next of 64, 128, 192, 256, 384, 512, 640, ..."""
-    return round_up(max(n, 1), 64 if n <= 256 else 128)
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

@@ -40,6 +40,11 @@ class Pairs(NamedTuple):
         """h of the IPO paper; beta times it is the reward margin of DPO."""
         return self.chosen_log_ratio - self.rejected_log_ratio
 
+    @property
+    def labels(self) -> Float[Array, "P"]:
+        """Of both responses."""
+        return self.chosen_tokens + self.rejected_tokens
+
 
 def make_pairs(
     policy: Float[Array, "B K"],

@@ -1,24 +1,23 @@
 """`silkie reference`: the reference's log-probability of every response, stored beside the corpus."""
 
-import hashlib
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.experimental import multihost_utils
-from jaxtyping import Array, UInt
 from tqdm import tqdm
 
 from silkie_jax.checkpoints.weights import load_model
 from silkie_jax.corpus import CorpusReader
+from silkie_jax.hardware.distributed import together
 from silkie_jax.hardware.kernel import sound_kernel
 from silkie_jax.hardware.mesh import make_mesh, sharding_of
 from silkie_jax.models.qwen_vl.model import QwenVL
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.preference.rows import ROW_FORM
+from silkie_jax.scoring.fingerprints import adapter_fingerprint, weights_fingerprint
 from silkie_jax.scoring.scorer import Scorer
 from silkie_jax.scoring.store import Identity, ReferenceStore
 
@@ -35,11 +34,13 @@ class Settings(Protocol):
     """What a training configuration says about its reference: what it depends on, and how it is computed."""
 
     model: str
+    adapter: str | None
     corpus: str
     dtype: str
     max_length: int
     max_prompt_length: int | None
     batch_rows: int
+    batch_tokens: int | None
     workers: int
     attention: str
 
@@ -50,19 +51,22 @@ class Settings(Protocol):
 def compute_reference(config: Settings) -> Path:
     """Computes what is missing of the reference's log-probabilities and returns their folder.
 
-    The reference is the base model: with LoRA the adapter is off, without it these are the weights training starts
-    from. What is done is kept; the same command continues.
+    The reference is the policy as training starts: the model, with the adapter that the configuration names, if any. (A
+    new adapter changes nothing yet.) What is done is kept; the same command continues.
     """
     main = jax.process_index() == 0
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    corpus, tokenizer = CorpusReader(config.corpus), Tokenizer.from_folder(config.model)
-    model = load_model(config.model, dtype=config.dtype, sharding_of=partial(sharding_of, mesh))
+    with together():
+        corpus, tokenizer = CorpusReader(config.corpus), Tokenizer.from_folder(config.model)
+        where = partial(sharding_of, mesh)
+        model = load_model(config.model, dtype=config.dtype, adapter=config.adapter, sharding_of=where)
     store = ReferenceStore(corpus.path, identity(config, model, tokenizer, corpus), len(corpus))
     scorer = Scorer(
         model,
         tokenizer,
         mesh,
         batch_rows=config.batch_rows,
+        batch_tokens=config.batch_tokens,
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
         workers=config.workers,
@@ -76,45 +80,20 @@ def compute_reference(config: Settings) -> Path:
     with tqdm(total=rows, desc="reference", unit="row", disable=not main) as bar:
         for part in missing:
             scored = scorer(corpus.batch(store.range(part)))
-            if main:
-                store.write(part, [s.logps for s in scored])
+            with together():
+                if main:
+                    store.write(part, [s.logps for s in scored])
             bar.update(len(scored))
     return store.folder
 
 
 def identity(config: Settings, model: QwenVL, tokenizer: Tokenizer, corpus: CorpusReader) -> Identity:
-    """What the reference's log-probabilities depend on; adapters of `model` do not count."""
-    return {
+    """What the reference's log-probabilities depend on; a new adapter of `model` does not count."""
+    adapter = {"adapter": adapter_fingerprint(model) or ""} if config.adapter else {}
+    return adapter | {
         "weights": weights_fingerprint(model, jnp.dtype(config.dtype)),
         "dtype": config.dtype,
         "tokenizer": tokenizer.fingerprint,
         "rows": f"{ROW_FORM}, max_length {config.max_length}, max_prompt_length {config.max_prompt_length}",
         "corpus": corpus.fingerprint,
     }
-
-
-def weights_fingerprint(model: QwenVL, dtype: jnp.dtype) -> str:
-    """A hash of the base weights as they are computed with, from two checksums of each made on the devices.
-
-    It takes one pass over memory, and is the same however the weights are stored or sharded. It tells checkpoints
-    apart; it is no defence against somebody who forges one.
-    """
-    digest = hashlib.sha256()
-    for path, variable in sorted(nnx.to_flat_state(nnx.state(model, nnx.Param)), key=lambda item: item[0]):
-        if not isinstance(variable, nnx.LoRAParam):
-            sums = [int(x) for x in _checksums(variable[...], dtype)]
-            digest.update(f"{'.'.join(map(str, path))} {variable.shape} {sums}\n".encode())
-    return digest.hexdigest()
-
-
-@partial(jax.jit, static_argnums=1)
-def _checksums(x: Array, dtype: jnp.dtype) -> tuple[UInt[Array, ""], UInt[Array, ""]]:
-    """Sums, modulo 2^32, of every element's bits mixed with its place."""
-    bits = jax.lax.bitcast_convert_type(x.astype(dtype), {2: jnp.uint16, 4: jnp.uint32}[dtype.itemsize])
-    place = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    mixed = bits.astype(jnp.uint32) ^ (place * jnp.uint32(0x9E3779B1))
-    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
-    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
-    return mixed.sum(dtype=jnp.uint32), (mixed ^ (mixed >> 16)).sum(dtype=jnp.uint32)

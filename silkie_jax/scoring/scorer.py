@@ -15,8 +15,9 @@ from silkie_jax.hardware.mesh import batch_shards, local_sequences, put, replica
 from silkie_jax.models.qwen_vl.model import QwenVL
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.nn.attention import PLAIN, Kernel
-from silkie_jax.preference.batches import collate, decode_images, make_shape, round_up
+from silkie_jax.preference.batches import collate, decode_images
 from silkie_jax.preference.forward import block_wrapper, response_logps
+from silkie_jax.preference.grid import bucket, make_shape, round_up
 from silkie_jax.preference.layout import row_sizes
 from silkie_jax.preference.rows import Row, RowTooLong, make_row
 
@@ -32,7 +33,11 @@ class Scored(NamedTuple):
 
 
 class Scorer:
-    """A compiled forward pass over rows that hold all responses of a record."""
+    """A compiled forward pass over rows that hold all responses of a record.
+
+    `batch_rows` of them go at once; where they are so long that this would be more than `batch_tokens`, fewer, but at
+    least one a device.
+    """
 
     def __init__(
         self,
@@ -41,13 +46,15 @@ class Scorer:
         mesh: Mesh,
         *,
         batch_rows: int,
+        batch_tokens: int | None = None,
         max_length: int,
         max_prompt_length: int | None = None,
         workers: int = 2,
         kernel: Kernel = PLAIN,
     ):
         self.config, self.tokenizer, self.mesh, self.workers = model.config, tokenizer, mesh, workers
-        self.rows = round_up(batch_rows, batch_shards(mesh))
+        self.shards, self.tokens = batch_shards(mesh), batch_tokens
+        self.rows = round_up(batch_rows, self.shards)
         self._make_row = partial(make_row, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)
         graph, self._state = nnx.split(model)
 
@@ -67,8 +74,12 @@ class Scorer:
 
         rows = [self.row(record) for record in records]
         laid_out = {i: row for i, row in enumerate(rows) if isinstance(row, Row)}
-        order = sorted(laid_out, key=lambda i: len(laid_out[i].tokens))
-        chunks = [order[first : first + self.rows] for first in range(0, len(order), self.rows)]
+        order = sorted(laid_out, key=lambda i: -len(laid_out[i].tokens))
+        chunks: list[list[int]] = []
+        while order:
+            count = self._at_once(laid_out[order[0]])
+            chunks.append(order[:count])
+            order = order[count:]
         prepared = grain.MapDataset.source(chunks).map(partial(self._prepare, laid_out)) if chunks else []
         logps = [np.full(len(record.responses), np.nan, np.float32) for record in records]
         for chunk, (arrays, branches) in zip(chunks, self._ahead(prepared), strict=True):
@@ -86,11 +97,19 @@ class Scorer:
         except RowTooLong as e:
             return e
 
+    def _at_once(self, longest: Row) -> int:
+        """Sequences of a forward pass over rows up to this one."""
+        if self.tokens is None:
+            return self.rows
+        a_device = max(self.tokens // (bucket(len(longest.tokens)) * self.shards), 1)
+        return min(self.rows, a_device * self.shards)
+
     def _prepare(self, rows: Mapping[int, Row], chunk: list[int]) -> tuple[dict[str, np.ndarray], int]:
-        groups = [[rows[i]] for i in chunk] + [[]] * (self.rows - len(chunk))
-        shape = make_shape(self.rows, [np.array(row_sizes(row)) for group in groups for row in group])
+        count = self._at_once(rows[chunk[0]])
+        groups = [[rows[i]] for i in chunk] + [[]] * (count - len(chunk))
+        shape = make_shape(1, count, [np.array(row_sizes(row)) for group in groups for row in group])
         arrays = collate(groups, shape, self.tokenizer.end_of_text)
-        local = local_sequences(self.mesh, self.rows)
+        local = local_sequences(self.mesh, count)
         arrays |= decode_images(groups, shape.images, self.config.visual.image_size, local)
         return {name: values[None] for name, values in arrays.items()}, shape.branches
 

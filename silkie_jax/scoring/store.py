@@ -21,7 +21,7 @@ from silkie_jax.errors import UserError
 PART = 1024  # records of a file
 
 Identity = Mapping[str, str]
-"""What log-probabilities depend on, by name: weights, dtype, tokenizer, rows, corpus."""
+"""What log-probabilities depend on, by name: weights, dtype, tokenizer, rows, corpus, and adapter where one counts."""
 
 
 class ReferenceStore:
@@ -77,16 +77,18 @@ class ReferenceStore:
                     logps.append(arrays["logps"])
             except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
                 raise UserError(f"{self._path(part)}: damaged ({e}); remove it and run `silkie reference`") from None
-        return StoredReference(np.concatenate([*counts, []]).astype(np.int64), np.concatenate([*logps, []]))
+        every = np.concatenate([*counts, []]).astype(np.int64), np.concatenate([*logps, []])
+        return StoredReference(self.folder, *every)
 
     def _path(self, part: int) -> Path:
         return self.folder / f"part-{part:05d}.npz"
 
 
 class StoredReference:
-    """Log-probabilities by record and response."""
+    """Log-probabilities by record and response, read from `folder`."""
 
-    def __init__(self, counts: Int[np.ndarray, "R"], logps: Float[np.ndarray, "S"]):
+    def __init__(self, folder: Path, counts: Int[np.ndarray, "R"], logps: Float[np.ndarray, "S"]):
+        self.folder = folder
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._logps = logps.astype(np.float32)
 
@@ -108,7 +110,8 @@ def find_reference(corpus: Path, identity: Identity, records: int) -> StoredRefe
     run = "run `silkie reference` with this config"
     if not others:
         raise UserError(f"{corpus} has no reference log-probabilities; {run} first")
-    differing = min(([k for k in identity if other.get(k) != identity[k]] for other in others), key=len)
+    keys = dict.fromkeys((*identity, "adapter"))  # an adapter may be in either alone
+    differing = min(([k for k in keys if other.get(k) != identity.get(k)] for other in others), key=len)
     raise UserError(
         f"{corpus}: the reference log-probabilities there were made with other {' and '.join(differing)}; {run}"
     )

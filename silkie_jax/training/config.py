@@ -62,12 +62,13 @@ class TrainConfig:
     beta: float = 0.1
     label_smoothing: float = 0.0
     pair_rule: Any = None  # None: mean_rating, or the given pairs of a corpus that has no ratings
-    reference: str | None = None  # None: adapter_off with LoRA over a frozen tower, else copy
+    reference: str | None = None  # None: the policy as it starts, by adapter_off where that is the same, else by copy
     lora: LoraConfig | None = dataclasses.field(default_factory=LoraConfig)  # null: full fine-tuning
     train_vision: str = "none"
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     batch_rows: int = 16  # instructions that go through the model at once, over all devices
     accumulate: int = 1  # such batches for one update
+    batch_tokens: int | None = None  # most tokens that do so, padding included: of longer rows fewer go at once
     batch_pairs: int | None = None  # most pairs of an update; rows that would exceed it wait for the next one
     pack: int | None = None  # tokens up to which short rows are packed into one sequence; null: a row a sequence
     epochs: float | None = None  # None: 3, unless `steps` is given
@@ -82,7 +83,8 @@ class TrainConfig:
     on_nonfinite: str = "stop"  # at a gradient that is not finite: stop, or skip the update and count it
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
-    evaluate_every: int = 100
+    evaluate_every: int = 100  # steps, and at the last one; 0: never
+    evaluate_at_start: bool = False  # before the first step, too
     evaluation_fraction: float = 0.005
     log_every: int = 10
     workers: int = 2  # threads that prepare batches
@@ -113,7 +115,9 @@ def _resolve(config: TrainConfig) -> None:
     if config.max_prompt_length is None:
         config.max_prompt_length = config.max_length // 2
     if config.objective == "dpo" and config.reference is None:
-        config.reference = "adapter_off" if config.lora and config.train_vision == "none" else "copy"
+        # Without its adapter a policy is what it started from only where the adapter is a new one.
+        fresh = config.lora and not config.adapter
+        config.reference = "adapter_off" if fresh and config.train_vision == "none" else "copy"
 
 
 def _check(config: TrainConfig, where: str) -> None:
@@ -135,12 +139,14 @@ def _check(config: TrainConfig, where: str) -> None:
     one_of("remat", config.remat, REMAT)
     one_of("attention", config.attention, ATTENTION)
     one_of("on_nonfinite", config.on_nonfinite, ON_NONFINITE)
-    for key in ("batch_rows", "accumulate", "checkpoint_every", "keep_checkpoints", "evaluate_every", "log_every"):
+    need(config.evaluate_every >= 0, f"evaluate_every must be at least 1, or 0 for never, not {config.evaluate_every}")
+    for key in ("batch_rows", "accumulate", "checkpoint_every", "keep_checkpoints", "log_every"):
         need(getattr(config, key) >= 1, f"{key} must be at least 1, not {getattr(config, key)}")
-    for key in ("batch_pairs", "pack"):
+    for key in ("batch_tokens", "batch_pairs", "pack"):
         value = getattr(config, key)
         need(value is None or value >= 1, f"{key} must be at least 1, or null, not {value}")
     need(config.batch_pairs is None or config.objective == "dpo", "batch_pairs has no meaning in objective sft")
+    need(0 <= config.seed < 2**32, f"seed must be in [0, 2**32), not {config.seed}")
     need(config.workers >= 1, f"workers must be at least 1, not {config.workers}")
     need(config.epochs is None or config.steps is None, "epochs and steps are both set; keep one")
     need(config.epochs is None or config.epochs > 0, f"epochs must be positive, not {config.epochs}")

@@ -16,6 +16,7 @@ from silkie_jax.hardware.mesh import batch_shards, local_sequences
 from silkie_jax.models.qwen_vl.config import QwenVLConfig
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.preference.batches import BatchSource, ReferenceLogps, RowOptions
+from silkie_jax.preference.grid import Grid
 from silkie_jax.preference.layout import SIZES, TOO_LONG, UNUSABLE, lay_out
 from silkie_jax.preference.plan import Plan
 from silkie_jax.training.config import TrainConfig
@@ -87,17 +88,32 @@ def open_data(config: TrainConfig, mesh: Mesh, corpus: CorpusReader, tokenizer: 
         tokenizer=tokenizer,
         options=options,
         image_size=QwenVLConfig.from_folder(config.model).visual.image_size,
-        rows=config.batch_rows,
-        shards=batch_shards(mesh),
         local=partial(local_sequences, mesh),
-        pack=config.pack,
         layout=layout,
     )
-    plan = Plan(sizes[train], config.batch_rows * config.accumulate, config.batch_pairs, config.seed)
     evaluation = None
     if len(held):
-        evaluation = make(held, Plan(sizes[held], config.batch_rows, seed=None))
-    return Data(make(train, plan, accumulate=config.accumulate), evaluation, skipped)
+        held = held[np.argsort(sizes[held, 0], kind="stable")]  # so that little of a batch is padding
+        plan = Plan(sizes[held], config.batch_rows, seed=None)
+        evaluation = make(held, make_grid(config, mesh, plan, accumulate=1))
+    plan = Plan(sizes[train], config.batch_rows * config.accumulate, config.batch_pairs, config.seed)
+    return Data(make(train, make_grid(config, mesh, plan, config.accumulate)), evaluation, skipped)
+
+
+def make_grid(config: TrainConfig, mesh: Mesh, plan: Plan, accumulate: int) -> Grid:
+    """The forward passes of a plan's steps on a mesh.
+
+    Raises:
+      UserError: rows are longer than `batch_tokens` allows.
+    """
+    return Grid(
+        plan,
+        rows=config.batch_rows,
+        accumulate=accumulate,
+        shards=batch_shards(mesh),
+        pack=config.pack,
+        tokens=config.batch_tokens,
+    )
 
 
 def _skipped(corpus: CorpusReader, sizes: Int[np.ndarray, "R 6"]) -> Skipped:

@@ -5,85 +5,105 @@ from pathlib import Path
 
 import jax
 
-from silkie_jax.checkpoints.peft import save_adapter
-from silkie_jax.checkpoints.weights import save_model
 from silkie_jax.corpus import CorpusReader
 from silkie_jax.errors import UserError
-from silkie_jax.hardware.distributed import StopRequest
+from silkie_jax.hardware.distributed import StopRequest, as_the_first_host, together
 from silkie_jax.hardware.kernel import sound_kernel
 from silkie_jax.hardware.mesh import make_mesh
-from silkie_jax.models.qwen_vl.model import QwenVL
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
-from silkie_jax.preference.batches import Batch, BatchSource, ReferenceLogps
+from silkie_jax.preference.batches import Batch, BatchSource
 from silkie_jax.scoring.reference import identity
-from silkie_jax.scoring.store import find_reference
+from silkie_jax.scoring.store import Identity, find_reference
 from silkie_jax.training.checkpoint import Checkpoints
 from silkie_jax.training.config import TrainConfig
 from silkie_jax.training.config_file import check_same_run, save_config
 from silkie_jax.training.data import Data, open_data
 from silkie_jax.training.meters import Meters
 from silkie_jax.training.metrics import MetricsWriter, check_wandb
+from silkie_jax.training.result import is_finished, save_result
+from silkie_jax.training.run_file import RUN_FILE, check_contents, loaded_contents, read_contents, save_contents
+from silkie_jax.training.start import Start
 from silkie_jax.training.trainer import Program, Trainer, load_policy, with_adapter_form
 
 
 def train(config: TrainConfig, profile: int = 0) -> Path:
     """Runs or continues a training run and returns its folder.
 
-    The folder holds config.yaml, metrics.jsonl, checkpoints/, tensorboard/, skipped.jsonl (records that were cut or
-    left out, and why) and at the end adapter/ (LoRA) and model/ (where base weights were trained). With `profile` an
-    XLA trace of so many steps goes to profile/.
+    The folder holds config.yaml, run.json (what the run is known by), metrics.jsonl, checkpoints/, tensorboard/,
+    skipped.jsonl (records that were cut or left out, and why) and at the end adapter/ (LoRA) and model/ (where base
+    weights were trained). With `profile` an XLA trace of so many steps goes to profile/.
 
     Raises:
       UserError: what is wrong with the configuration, the model, the corpus or the folder.
       KeyboardInterrupt: the run was asked to stop and has saved a checkpoint.
     """
-    check_wandb(config.wandb)
-    config = with_adapter_form(config)
     run, main = Path(config.run_dir), jax.process_index() == 0
-    began = check_same_run(config, run / "config.yaml") if (run / "config.yaml").exists() else None
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     say = print if main else lambda line: None
+    with together():
+        check_wandb(config.wandb)
+        config = with_adapter_form(config)
+        known = (run / RUN_FILE).exists()
+        began = check_same_run(config, run / "config.yaml", may_move=known) if (run / "config.yaml").exists() else None
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     kernel = sound_kernel(config.attention, config.dtype, mesh, began.attention if began else None, say)
     config = dataclasses.replace(config, attention=kernel.name)
-    corpus, tokenizer = CorpusReader(config.corpus), Tokenizer.from_folder(config.model)
-    data = open_data(config, mesh, corpus, tokenizer)  # what is wrong with it is said before gigabytes are read
+    with together():  # what is wrong with the data is said before gigabytes are read
+        corpus, tokenizer = CorpusReader(config.corpus), Tokenizer.from_folder(config.model)
+        contents = read_contents(corpus, tokenizer)
+        check_contents(run, config, contents)
+        data = open_data(config, mesh, corpus, tokenizer)
     policy = load_policy(config, mesh)
-    data.use_reference(stored_reference(config, policy, tokenizer, corpus))
-    steps = config.steps or data.train.plan.steps_of(config.epochs or 1)
+    contents |= loaded_contents(config, policy)
+    with together():
+        check_contents(run, config, contents)
+    depends = identity(config, policy, tokenizer, corpus) if config.reference == "precomputed" else None
+    steps = config.steps or data.train.grid.plan.steps_of(config.epochs or 1)
     program = Program(config, policy.config, mesh, steps, policy)
     trainer = Trainer(program, program.start(policy))
     del policy
     checkpoints = Checkpoints(run / "checkpoints", config.keep_checkpoints)
-    done = checkpoints.latest or 0
-    if done == steps and all(path.is_dir() for path in results(config, run)):
+    done = as_the_first_host(checkpoints.latest or 0)
+    if as_the_first_host(done == steps and is_finished(config, run)):
         checkpoints.close()
-        if main:
-            print(f"all {steps} steps of this run were done before; nothing is left to do")
+        say(f"all {steps} steps of this run were done before; nothing is left to do")
         return run
+    stored = None
+    with together():
+        if depends is not None:
+            stored = find_reference(corpus.path, as_it_began(depends, run, done), len(corpus))
+            data.use_reference(stored)
     if done:
         state = trainer.state
         trainer.resume(*checkpoints.restore(done, state.trainable, state.optimizer))
-    if main:
-        save_config(config, run / "config.yaml")
-        data.skipped.write(run / "skipped.jsonl")
-        print(describe(trainer, data, done), flush=True)
-    stop = StopRequest()
-    with stop, MetricsWriter(run, done, steps, wandb=config.wandb, active=main) as metrics:
-        step = run_steps(trainer, data, checkpoints, metrics, done, stop, profile)
+    with together():
+        if main:
+            save_config(config, run / "config.yaml")
+            save_contents(run, contents)
+            data.skipped.write(run / "skipped.jsonl")
+            print(describe(trainer, data, done), flush=True)
+        metrics = MetricsWriter(run, done, steps, wandb=config.wandb, active=main)
+    stop, start = StopRequest(), Start(config, done, stored.folder if stored else None, metrics.say)
+    with stop, metrics:
+        step, complete = run_steps(trainer, data, checkpoints, metrics, done, start, stop, profile)
     checkpoints.close()
-    if step < steps:
+    if not complete:
         raise KeyboardInterrupt(f"stopped after step {step} of {steps}; run the same command to continue")
-    save_result(trainer, run)
+    with together():
+        save_result(trainer, run)
     return run
 
 
-def stored_reference(
-    config: TrainConfig, policy: QwenVL, tokenizer: Tokenizer, corpus: CorpusReader
-) -> ReferenceLogps | None:
-    """The precomputed log-probabilities, if the configuration asks for them; refused if they are of something else."""
-    if config.reference != "precomputed":
-        return None
-    return find_reference(corpus.path, identity(config, policy, tokenizer, corpus), len(corpus))
+def as_it_began(depends: Identity, run: Path, done: int) -> Identity:
+    """What a run's stored reference depends on: of the adapter that it started from, too, unless it began before that.
+
+    A file in the run's folder says that its adapter counts; runs from before have none, and their reference is the bare
+    base.
+    """
+    counts = run / "reference-of-adapter"
+    if "adapter" not in depends or (done and not counts.exists()):
+        return {name: value for name, value in depends.items() if name != "adapter"}
+    counts.touch()
+    return depends
 
 
 def run_steps(
@@ -92,18 +112,34 @@ def run_steps(
     checkpoints: Checkpoints,
     metrics: MetricsWriter,
     done: int,
+    start: Start,
     stop: StopRequest,
     profile: int,
-) -> int:
-    """The loop itself; returns the number of updates done, which is short of all where a stop was asked for."""
+) -> tuple[int, bool]:
+    """The loop itself; returns the number of updates done, and whether nothing is left: a stop may have been asked for.
+
+    A stop in an evaluation leaves it out, and the run makes it good when it is continued.
+    """
     program, config = trainer.program, trainer.program.config
-    data.train.shapes(range(program.steps))  # fixes one shape a length, the same at whatever step a run resumes
-    trainer.compile(data.train.shapes(range(done, program.steps)), metrics.say)
+    grid, held = data.train.grid, data.evaluation
+    grid.shapes(range(program.steps))  # fixes one shape a length, the same at whatever step a run resumes
+    evaluates = held is not None and (config.evaluate_at_start or config.evaluate_every)
+    trainer.compile(
+        grid.shapes(range(done, program.steps)),
+        held.grid.shapes(range(held.steps_per_epoch)) if held and evaluates else (),
+        metrics.say,
+    )
+    if held and evaluation_due(config, done, program.steps) and not as_the_first_host(metrics.evaluated(done)):
+        found = evaluate(trainer, held, stop)
+        if found is None:
+            return done, False
+        metrics.write(done, found)
     meters, guard, trace = Meters(program), Guard(config, checkpoints), Trace(Path(config.run_dir), done, profile)
-    step = done
+    step, stopping, complete = done, False, True
     for step, batch in enumerate(meters.waiting(data.train.iterate(done, program.steps, config.workers)), done + 1):
         trace.before(step)
         values = trainer.update(batch)
+        start.check(values)
         guard.check(step, batch, values)
         meters.count(batch)
         last = step == program.steps
@@ -112,13 +148,16 @@ def run_steps(
             logged |= {k: float(v) for k, v in jax.device_get(values).items()}
             logged["learning_rate"] = trainer.learning_rate(skipped=bool(logged["skipped"]))
             logged |= {"epoch": step / data.train.steps_per_epoch, **meters.take()}
-        if data.evaluation and (step % config.evaluate_every == 0 or last):
+        if held and evaluation_due(config, step, program.steps):
             with meters.paused():
-                logged |= evaluate(trainer, data.evaluation)
+                found = evaluate(trainer, held, stop)
+            stopping = found is None
+            logged |= found or {}
         if logged:
             metrics.write(step, logged)
         metrics.advance()
-        stopping = stop.asked(step)
+        complete = last and not stopping
+        stopping = stopping or stop.asked()
         if step % config.checkpoint_every == 0 or last or stopping:
             guard.finish()
             checkpoints.save(step, trainer.state.trainable, trainer.state.optimizer)
@@ -127,7 +166,14 @@ def run_steps(
     trace.end()
     if step > done:
         metrics.say(meters.summary() + guard.summary())
-    return step
+    return step, complete
+
+
+def evaluation_due(config: TrainConfig, step: int, steps: int) -> bool:
+    """Whether the instructions held out are evaluated after this step of a run."""
+    if step == 0:
+        return config.evaluate_at_start
+    return config.evaluate_every > 0 and (step % config.evaluate_every == 0 or step == steps)
 
 
 class Guard:
@@ -192,34 +238,22 @@ class Trace:
             self._on = False
 
 
-def evaluate(trainer: Trainer, source: BatchSource) -> dict[str, float]:
-    """Means over the pairs (sft: tokens) of all held-out rows, under trl's names with eval_ before them."""
+def evaluate(trainer: Trainer, source: BatchSource, stop: StopRequest) -> dict[str, float] | None:
+    """Means over the pairs (sft: tokens) of all held-out rows, under trl's names with eval_ before them.
+
+    None: a stop was asked for before the last batch.
+    """
     sums: dict[str, float] = {}
     weight = 0.0
-    for batch in source.iterate(0, source.steps_per_epoch, trainer.program.config.workers):
-        values, count = trainer.evaluate(batch)
-        weight += count
+    count = source.steps_per_epoch
+    for number, batch in enumerate(source.iterate(0, count, trainer.program.config.workers), start=1):
+        values, share = trainer.evaluate(batch)
+        weight += share
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value
+        if stop.asked() and number < count:
+            return None
     return {f"eval_{name}": value / max(weight, 1) for name, value in sums.items()}
-
-
-def results(config: TrainConfig, run: Path) -> list[Path]:
-    """What a finished run holds: model/ where weights of the base were trained, adapter/ where there is one."""
-    whole = not config.lora or config.train_vision != "none"
-    return [run / "model"] * whole + [run / "adapter"] * (config.lora is not None)
-
-
-def save_result(trainer: Trainer, run: Path) -> None:
-    """Writes `results`."""
-    config, model = trainer.program.config, trainer.model()
-    base = config.model
-    for folder in results(config, run):
-        if folder.name == "model":
-            save_model(model, folder, like=config.model, dtype=config.dtype)
-            base = str(folder)
-        else:
-            save_adapter(model, folder, base_model=base)
 
 
 def describe(trainer: Trainer, data: Data, done: int) -> str:

@@ -21,6 +21,8 @@ from silkie_jax.preference.losses import LOSSES, LossOptions, make_pairs
 
 Arrays = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
+MARGINS = ("margins/square", "margins/labels")
+"""Of each pair, the mean: the squared margin and the labels of both responses, for the check of a start (start.py)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +94,8 @@ class Step:
             return (jax.tree.map(jnp.add, grads, g), jax.tree.map(jnp.add, sums, more)), None
 
         zeros = jax.tree.map(jnp.zeros_like, trainable)
-        first = jax.tree.map(lambda x: x[0], batch)
-        shapes = jax.eval_shape(partial(self._loss, branches=branches), trainable, frozen, reference, first, total)[1]
-        sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        (grads, sums), _ = jax.lax.scan(accumulate, (zeros, sums), batch)
+        none = self._no_sums(trainable, frozen, reference, batch, branches)
+        (grads, sums), _ = jax.lax.scan(accumulate, (zeros, none), batch)
         norm = optax.tree.norm(grads)
         updates, changed = self.optimizer.update(grads, optimizer, trainable)
         # A step that is not finite changes nothing: whoever reads the flag may stop late, or go on.
@@ -113,11 +113,28 @@ class Step:
         batch: Arrays,
         branches: int,
     ) -> tuple[Metrics, Float[Array, ""]]:
-        """Sums of the metrics over a batch [1, B, ...], and their weight (pairs, or tokens for sft)."""
-        rows = jax.tree.map(lambda x: x[0], batch)
-        total = self._weight(batch)
-        _, sums = self._loss(trainable, frozen, reference, rows, jnp.float32(1), branches)
-        return sums, total
+        """Sums of the metrics over [A, B, ...] arrays, and their weight (pairs, or tokens for sft)."""
+
+        def add(sums: Metrics, rows: Arrays):
+            _, more = self._loss(trainable, frozen, reference, rows, jnp.float32(1), branches)
+            return jax.tree.map(jnp.add, sums, more), None
+
+        sums, _ = jax.lax.scan(add, self._no_sums(trainable, frozen, reference, batch, branches), batch)
+        return {name: value for name, value in sums.items() if name not in MARGINS}, self._weight(batch)
+
+    def _no_sums(
+        self,
+        trainable: nnx.State,
+        frozen: nnx.State,
+        reference: nnx.State | None,
+        batch: Arrays,
+        branches: int,
+    ) -> Metrics:
+        """What sums over batches begin with: zero for each metric."""
+        first = jax.tree.map(lambda x: x[0], batch)
+        loss = partial(self._loss, branches=branches)
+        shapes = jax.eval_shape(loss, trainable, frozen, reference, first, jnp.float32(1))[1]
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     def _weight(self, batch: Arrays) -> Float[Array, ""]:
         counted = batch["pair_mask"] if self.objective.reference else batch["label_branches"] > 0
@@ -174,6 +191,7 @@ class Step:
         chosen, rejected = options.beta * pairs.chosen_log_ratio, options.beta * pairs.rejected_log_ratio
         return loss, {
             "loss": loss,
+            **dict(zip(MARGINS, (add(jnp.square(pairs.margin)), add(pairs.labels)), strict=True)),
             "rewards/chosen": add(chosen),
             "rewards/rejected": add(rejected),
             "rewards/accuracies": add((chosen > rejected).astype(jnp.float32)),

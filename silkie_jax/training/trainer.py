@@ -18,13 +18,15 @@ from jax.sharding import Mesh
 from silkie_jax.checkpoints.peft import open_adapter
 from silkie_jax.checkpoints.weights import load_model
 from silkie_jax.errors import UserError
+from silkie_jax.hardware.distributed import together
 from silkie_jax.hardware.kernel import attention_kernel
 from silkie_jax.hardware.mesh import batch_sharding, put, replicated, sharding_of
 from silkie_jax.models.qwen_vl.config import QwenVLConfig
 from silkie_jax.models.qwen_vl.model import QwenVL
 from silkie_jax.models.qwen_vl.names import leaves
 from silkie_jax.nn.lora import add_lora, linears
-from silkie_jax.preference.batches import Batch, Shape
+from silkie_jax.preference.batches import Batch
+from silkie_jax.preference.grid import Shape
 from silkie_jax.training.config import LoraConfig, TrainConfig
 from silkie_jax.training.step import (
     Objective,
@@ -121,15 +123,23 @@ class Program:
             sizes["images"] = ((shape.images, side, side, 3), jnp.uint8)
         if self.config.reference == "precomputed":
             sizes["reference_logps"] = ((shape.branches,), jnp.float32)
-        lead = (self.config.accumulate, shape.sequences)
         where = batch_sharding(self.mesh, leading=1)
-        return {k: jax.ShapeDtypeStruct((*lead, *s), t, sharding=where) for k, (s, t) in sizes.items()}
+        return {
+            k: jax.ShapeDtypeStruct((shape.batches, shape.sequences, *s), t, sharding=where)
+            for k, (s, t) in sizes.items()
+        }
 
     def lower(self, shape: Shape) -> jax.stages.Lowered:
         """The training step for batches of this shape, ready to be compiled."""
         s = self.shapes
         batch = self.batch_shapes(shape)
         return self.step.train.lower(s.trainable, s.optimizer, s.frozen, s.reference, batch, branches=shape.branches)
+
+    def lower_evaluation(self, shape: Shape) -> jax.stages.Lowered:
+        """The same of an evaluation."""
+        s = self.shapes
+        batch = self.batch_shapes(shape)
+        return self.step.evaluate.lower(s.trainable, s.frozen, s.reference, batch, branches=shape.branches)
 
     def _placed(self, state: nnx.State, dtype: jnp.dtype) -> nnx.State:
         """Shapes with the types and shardings that the arrays will have."""
@@ -148,24 +158,29 @@ class Trainer:
 
     def __init__(self, program: Program, state: State):
         self.program, self.state = program, state
-        self._compiled: dict[Shape, jax.stages.Compiled] = {}
+        self._steps: dict[Shape, jax.stages.Compiled] = {}
+        self._evaluations: dict[Shape, jax.stages.Compiled] = {}
 
-    def compile(self, shapes: Iterable[Shape], say: Callable[[str], None]) -> None:
-        """Compiles the step for all shapes of a run before it starts, so that no step waits for a compiler."""
-        todo = sorted(set(shapes) - set(self._compiled))
-        for number, shape in enumerate(todo, start=1):
+    def compile(self, steps: Iterable[Shape], evaluations: Iterable[Shape], say: Callable[[str], None]) -> None:
+        """Compiles for all shapes of a run before it starts, so that nothing waits for a compiler later."""
+        program = self.program
+        todo = [("step", shape, self._steps, program.lower) for shape in sorted(set(steps) - set(self._steps))]
+        todo += [
+            ("evaluation", shape, self._evaluations, program.lower_evaluation)
+            for shape in sorted(set(evaluations) - set(self._evaluations))
+        ]
+        for number, (what, shape, compiled, lower) in enumerate(todo, start=1):
             began = time.monotonic()
-            self._compiled[shape] = self.program.lower(shape).compile()
-            lengths = f"{shape.sequences} x {shape.tokens} tokens"
-            say(f"compiled {number} of {len(todo)}: {lengths}, {time.monotonic() - began:.1f} s")
+            compiled[shape] = lower(shape).compile()
+            say(f"compiled {number} of {len(todo)}: {what} of {shape}, {time.monotonic() - began:.1f} s")
 
     def update(self, batch: Batch) -> dict[str, jax.Array]:
         """One update; returns the step's metrics, still on the devices."""
         s = self.state
         arrays = put(batch.arrays, self.program.mesh)
-        if batch.shape not in self._compiled:
-            self.compile([batch.shape], lambda line: None)
-        step = self._compiled[batch.shape]
+        if batch.shape not in self._steps:
+            self.compile([batch.shape], (), lambda line: None)
+        step = self._steps[batch.shape]
         trainable, optimizer, metrics = step(s.trainable, s.optimizer, s.frozen, s.reference, arrays)
         self.state = dataclasses.replace(s, trainable=trainable, optimizer=optimizer)
         return metrics
@@ -174,9 +189,9 @@ class Trainer:
         """Sums of the metrics over a batch, and their weight (pairs; tokens for sft)."""
         s = self.state
         arrays = put(batch.arrays, self.program.mesh)
-        values, weight = jax.device_get(
-            self.program.step.evaluate(s.trainable, s.frozen, s.reference, arrays, branches=batch.shape.branches)
-        )
+        if batch.shape not in self._evaluations:
+            self.compile((), [batch.shape], lambda line: None)
+        values, weight = jax.device_get(self._evaluations[batch.shape](s.trainable, s.frozen, s.reference, arrays))
         return {name: float(value) for name, value in values.items()}, float(weight)
 
     def learning_rate(self, skipped: bool) -> float:
@@ -209,13 +224,14 @@ def load_policy(config: TrainConfig, mesh: Mesh) -> QwenVL:
     """
     # Weights that will be trained must not lose what bfloat16 cannot hold.
     whole = config.lora is None or config.train_vision != "none"
-    model = load_model(
-        config.model,
-        dtype=config.dtype,
-        adapter=config.adapter,
-        sharding_of=partial(sharding_of, mesh),
-        param_dtype="float32" if whole else config.dtype,
-    )
+    with together():
+        model = load_model(
+            config.model,
+            dtype=config.dtype,
+            adapter=config.adapter,
+            sharding_of=partial(sharding_of, mesh),
+            param_dtype="float32" if whole else config.dtype,
+        )
     if config.lora and not config.adapter:
         _draw_lora(model, config)
     for name, linear in linears(model.language.layers):

@@ -7,7 +7,8 @@ from benchmarks.workload import MODELS, PAIRS_EACH, SCALED, TINY, lora_rank, mak
 from silkie_jax.models.qwen_vl.config import QWEN_VL_CHAT, QwenVLConfig
 from silkie_jax.models.qwen_vl.flops import decoder_forward, resampler_forward, vision_forward
 from silkie_jax.models.qwen_vl.model import check_spans
-from silkie_jax.preference.batches import collate, make_shape
+from silkie_jax.preference.batches import collate
+from silkie_jax.preference.grid import make_shape
 from silkie_jax.preference.layout import row_sizes
 
 
@@ -28,7 +29,7 @@ def test_a_row_is_one_of_the_library():
     assert firsts == [[329, 332, 333], [329, 482, 483]]
     np.testing.assert_array_equal(row.labels[1:], np.delete(row.tokens[330:], [1, 2, 151, 152])[1:])
     assert row.pairs.tolist() == [[0, 1]] or (1, 3) not in one.pairs
-    shape = make_shape(1, [np.array(row_sizes(row))])
+    shape = make_shape(1, 1, [np.array(row_sizes(row))])
     check_spans(TINY, collate([[row]], shape, TINY.end_of_text)["tokens"], images=1)
 
 

@@ -271,17 +271,23 @@ def test_known_bills_need_no_small_file(tmp_path):
         assert len(server.batches) - before == 1
 
 
+def leave_in_a_batch(folder, server):
+    """A run whose five requests wait in a batch, after a kill; returns its pool."""
+    make_run(folder / "run", 5)
+    pool = write_pool(folder / "pool", server.url, ("m0",), ONE)
+    process = start("respond", folder / "run", "--pool", pool, "--batch", "--poll", "0.05")
+    while not any(batch["looks"] for batch in server.batches.values()):
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    return pool
+
+
 @pytest.mark.parametrize("deleted", ["batch", "replies"])
 def test_what_the_server_has_deleted_is_sent_again_after_a_word(tmp_path, capfd, deleted):
     script = Script(polls=10**9)
     with Server(script) as server:
-        make_run(tmp_path / "run", 5)
-        pool = write_pool(tmp_path / "pool", server.url, ("m0",), ONE)
-        process = start("respond", tmp_path / "run", "--pool", pool, "--batch", "--poll", "0.05")
-        while not any(batch["looks"] for batch in server.batches.values()):
-            time.sleep(0.02)
-        process.kill()
-        process.communicate()
+        pool = leave_in_a_batch(tmp_path, server)
         script.polls = 0
         if deleted == "batch":
             server.batches.clear()
@@ -303,13 +309,7 @@ def test_what_the_server_has_deleted_is_sent_again_after_a_word(tmp_path, capfd,
 def test_a_batch_that_was_missing_under_another_key_is_collected(tmp_path):
     script = Script(polls=10**9)
     with Server(script) as server:
-        make_run(tmp_path / "run", 5)
-        pool = write_pool(tmp_path / "pool", server.url, ("m0",), ONE)
-        process = start("respond", tmp_path / "run", "--pool", pool, "--batch", "--poll", "0.05")
-        while not any(batch["looks"] for batch in server.batches.values()):
-            time.sleep(0.02)
-        process.kill()
-        process.communicate()
+        pool = leave_in_a_batch(tmp_path, server)
         with Server() as elsewhere, pytest.raises(UserError, match="check that key and base_url"):
             respond(tmp_path / "run", write_pool(pool, elsewhere.url, ("m0",), ONE), BATCH)
         script.polls = 2

@@ -12,7 +12,7 @@ from silkie_jax.endpoints.budget import Expectation, parse_usd, usd
 from silkie_jax.endpoints.messages import compose, image_tokens, text_bytes
 from silkie_jax.endpoints.stage import Options
 from silkie_jax.errors import UserError
-from tests.data_prep.runs import QUIET, cents, everything, make_run, write_judge, write_pool
+from tests.data_prep.runs import QUIET, cents, everything, make_answered, make_run, write_judge, write_pool
 from tests.endpoints.server import Script, Server
 
 STATED = "Describe picture {} in detail, with everything that can be seen in it, and say what time of day it may be."
@@ -45,8 +45,7 @@ def test_never_passed_and_well_used(tmp_path, limit, faults):
 
 def test_the_budget_is_the_runs(tmp_path):
     with Server() as server:
-        make_run(tmp_path / "run", 10)
-        respond(tmp_path / "run", write_pool(tmp_path / "pool", server.url), QUIET)
+        make_answered(tmp_path / "run", 10, server.url)
         spent = cents(server)
         with pytest.raises(UserError, match="budget"):
             rate(tmp_path / "run", [write_judge(tmp_path / "judge", server.url)], spending(spent + 0.001))
@@ -159,9 +158,8 @@ def test_amounts_for_people():
 def test_a_kill_counts_what_was_in_flight(tmp_path):
     from silkie_jax.endpoints.attempts import begin_attempt
 
-    make_run(tmp_path / "run", 1)
     with Server() as server:
-        respond(tmp_path / "run", write_pool(tmp_path / "pool", server.url), QUIET)
+        make_answered(tmp_path / "run", 1, server.url)
         with Run.create(tmp_path / "run") as run:
             spent = run.spent()
             run.db.execute(*begin_attempt(99, 1, 0.25))

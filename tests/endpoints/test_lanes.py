@@ -11,7 +11,7 @@ from data_prep.respond import respond
 from data_prep.run import Run
 from silkie_jax.endpoints.stage import Options
 from silkie_jax.errors import UserError
-from tests.data_prep.runs import QUIET, cents, everything, make_run, start, write_judge, write_pool
+from tests.data_prep.runs import QUIET, cents, everything, make_answered, make_run, start, write_judge, write_pool
 from tests.endpoints.server import Script, Server
 
 PASSING = {"429": 0.1, "429-retry-after": 0.1, "500": 0.05, "503": 0.05, "reset": 0.1, "malformed": 0.05,
@@ -78,8 +78,7 @@ def test_what_would_repeat_itself_is_asked_once_and_another_model_answers(tmp_pa
 
 def test_a_judge_is_asked_again_only_where_it_can_help(tmp_path):
     with Server() as server:
-        make_run(tmp_path / "run", 30)
-        respond(tmp_path / "run", write_pool(tmp_path / "pool", server.url), QUIET)
+        make_answered(tmp_path / "run", 30, server.url)
     faults = {"refusal": 0.15, "truncated": 0.15, "unparsable": 0.15, "content_filter": 0.15}
     with Server(Script(faults=faults)) as server:
         outcome = rate(tmp_path / "run", [write_judge(tmp_path / "judge", server.url)], QUIET)
@@ -95,8 +94,7 @@ def test_a_judge_is_asked_again_only_where_it_can_help(tmp_path):
 
 def test_structured_output(tmp_path):
     with Server() as server:
-        make_run(tmp_path / "run", 6)
-        respond(tmp_path / "run", write_pool(tmp_path / "pool", server.url), QUIET)
+        make_answered(tmp_path / "run", 6, server.url)
         outcome = rate(tmp_path / "run", [write_judge(tmp_path / "judge", server.url, {"form": "json"})], QUIET)
     assert outcome.states == {"ok": 6}
     assert everything(tmp_path / "run")[0].replies[0].text.startswith('{"Helpfulness"')
@@ -245,8 +243,7 @@ def test_one_process_at_a_time(tmp_path):
 
 def test_another_pool_is_refused_but_other_limits_are_not(tmp_path):
     with Server() as server:
-        make_run(tmp_path / "run", 4)
-        respond(tmp_path / "run", write_pool(tmp_path / "pool", server.url), QUIET)
+        make_answered(tmp_path / "run", 4, server.url)
         respond(tmp_path / "run", write_pool(tmp_path / "pool", server.url, concurrency=3), QUIET)
         with pytest.raises(UserError, match=r"another pool: models.m0.system was None and is 'Be brief'"):
             respond(tmp_path / "run", write_pool(tmp_path / "pool", server.url, system="Be brief"), QUIET)

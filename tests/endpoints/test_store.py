@@ -38,6 +38,50 @@ def test_images_are_stored_once(tmp_path):
             run.image("../../etc/passwd")
 
 
+@pytest.mark.parametrize(
+    "left",
+    [b"", picture(0)[:30], bytes(len(picture(0))), None],
+    ids=["empty", "cut off", "zeros", "gone"],
+)
+def test_an_image_that_a_power_cut_spoiled_is_written_again(tmp_path, left):
+    with Run.create(tmp_path / "run") as run:
+        path = run.image_path(run.add_image(picture(0)))
+    path.unlink() if left is None else path.write_bytes(left)
+    with Run.create(tmp_path / "run") as run:
+        assert run.image(run.add_image(picture(0))) == picture(0)
+
+
+def test_images_are_on_the_disk_before_the_database_refers_to_them(tmp_path, monkeypatch):
+    events = []
+    fsync = os.fsync
+
+    def noted(descriptor):
+        events.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def inodes(*paths):
+        return {place.stat().st_ino for path in paths for place in (path, path.parent)}
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with Run.create(tmp_path / "run") as run:
+        run.db.set_trace_callback(lambda statement: events.append(statement.split()[0]))
+        with run.transaction():
+            paths = [run.image_path(run.add_image(picture(n))) for n in range(3)]
+        assert inodes(*paths) <= set(events[: events.index("COMMIT")])
+        events.clear()
+        alone = run.image_path(run.add_image(picture(3)))
+        assert inodes(alone) <= set(events[: events.index("INSERT")])
+
+
+def test_an_image_of_a_transaction_that_failed_is_stored_by_the_next(tmp_path):
+    with Run.create(tmp_path / "run") as run:
+        run.db.execute("BEGIN")
+        run.add_image(picture(0))
+        run.db.execute("ROLLBACK")
+        with run.transaction():
+            assert run.image(run.add_image(picture(0))) == picture(0)
+
+
 def test_a_cut_off_image_is_one_line(tmp_path):
     with Run.create(tmp_path / "run") as run:
         sha256 = run.add_image(picture(1))

@@ -6,21 +6,27 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 from silkie_jax.errors import UserError
 from silkie_jax.forecast.collectives import collective_bytes
-from silkie_jax.forecast.forecast import Lengths
+from silkie_jax.forecast.forecast import _an_epoch, _Compiler, forecast
+from silkie_jax.forecast.lengths import Steps, equal_sizes, published_sizes, work_of
 from silkie_jax.hardware.chips import find_chip, find_gpu
 from silkie_jax.models.qwen_vl.config import QWEN_VL_CHAT, QwenVLConfig
 from silkie_jax.models.qwen_vl.flops import Training, decoder_forward, step_flops
 from silkie_jax.models.qwen_vl.model import QwenVL
 from silkie_jax.preference.counts import Work, row_work
-from tests.training.support import make_tiny
+from silkie_jax.preference.grid import Grid, bucket
+from silkie_jax.preference.plan import Plan
+from silkie_jax.training.config_file import make_config
+from tests.training.support import make_tiny, record, write_corpus
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -111,13 +117,101 @@ def test_matmuls_of_the_decoder_are_those_that_xla_counts(tmp_path):
     assert decoder_forward(config, work) + logits == pytest.approx(counted, rel=0.1)
 
 
-def test_lengths_fill_what_rows_are_padded_to():
-    assert Lengths.of(1024) == Lengths()
-    longer = Lengths.of(2048)
-    assert 1800 < longer.prompt + sum(longer.responses) <= 2048
-    assert sum(longer.responses) <= longer.labels < sum(longer.responses) + 128
-    with pytest.raises(UserError, match="--tokens 256"):
-        Lengths.of(256)
+@pytest.mark.parametrize("tokens", [512, 1024, 2048, 7296])
+def test_equal_rows_fill_what_they_are_padded_to(tokens):
+    rows = equal_sizes(tokens, "dpo")
+    assert {bucket(int(n)) for n in np.unique(rows[:, 0])} == {tokens}
+    assert rows[:, 2].mean() == pytest.approx(4.75, abs=1e-3)
+    if tokens == 1024:
+        assert work_of(rows) == row_work(330, [150] * 4, 4 * 148) * len(rows) + Work(pairs=int(rows[:, 2].sum()))
+
+
+@pytest.mark.parametrize("tokens", [256, 1000])
+def test_lengths_that_rows_are_not_padded_to_are_refused(tokens):
+    with pytest.raises(UserError, match=f"--tokens {tokens}: rows are padded to multiples of 128; give 512 or more"):
+        equal_sizes(tokens, "dpo")
+
+
+@pytest.mark.parametrize(("objective", "branches"), [("dpo", 4), ("sft", 1)])
+def test_published_rows_have_the_published_means_and_a_tail(objective, branches):
+    tokens, labels, pairs, images, each, _ = published_sizes(2048, objective).T
+    assert len(tokens) == 80_258
+    assert tokens.mean() == pytest.approx(330 + branches * 150, rel=0.03)
+    assert labels.mean() == pytest.approx(branches * 148, rel=0.03)
+    assert tokens.max() > 2 * tokens.mean()
+    assert (tokens - labels - 2 * branches).min() > 256  # a prompt has its image
+    assert (images == 1).all()
+    assert (each == branches).all()
+    assert (pairs > 0).all() == (objective == "dpo")
+    short = published_sizes(512, objective)
+    assert (short[:, 0] <= 330 * 2 + 512 * branches).all()
+
+
+def counted(rows, objective="dpo", **limits):
+    """Steps over rows of few lengths, many of them short."""
+    lengths = np.repeat([900, 1500, 5000], [800, 150, 50])
+    sizes = np.stack([lengths, lengths // 2, *[np.ones(1000, int)] * 4], axis=1)
+    return Steps(Grid(Plan(sizes, rows), rows=rows, **limits), "")
+
+
+class Pretended:
+    """A compiler whose programs have 100 bytes of arguments and one more for each token at once."""
+
+    def __init__(self, refuses: float = float("inf")):
+        self.refuses, self.compiled = refuses, []
+
+    def lower(self, shape):
+        self.compiled.append(shape)
+        temporary = shape.at_once
+        if temporary > self.refuses:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Used 20.00G of 15.75G hbm.\nAnd much more.")
+        sizes = SimpleNamespace(
+            argument_size_in_bytes=100,
+            temp_size_in_bytes=temporary,
+            output_size_in_bytes=50,
+            alias_size_in_bytes=50,
+        )
+        done = SimpleNamespace(memory_analysis=lambda: sizes, as_text=lambda: "")
+        return SimpleNamespace(compile=lambda: done)
+
+
+def compiler(program, memory):
+    return _Compiler(program, memory, lambda line: None)
+
+
+def test_the_most_common_the_longest_and_the_fullest_shape_are_compiled():
+    steps, ours = counted(16, shards=2, tokens=13000), compiler(Pretended(), 15000)
+    counts = _an_epoch(steps.grid)
+    found = ours.compile(counts)
+    assert [(one.name, one.shape.sequences, one.shape.tokens) for one in found] == [
+        ("most common", 8, 1024),
+        ("longest", 2, 5120),
+        ("fullest", 8, 1536),
+    ]
+    assert sum(one.steps[0] for one in found) <= found[0].steps[1] == counts.total()
+    assert all(one.fits for one in found)
+
+
+@pytest.mark.parametrize("refuses", [float("inf"), 30000])
+def test_what_does_not_fit_gets_the_limit_that_would(refuses):
+    """16 rows of 5,120 tokens are 81,920 at once, and 30,100 bytes are there."""
+    program = Pretended(refuses)
+    steps, ours = counted(16, shards=2), compiler(program, 30100)
+    found = ours.compile(_an_epoch(steps.grid))
+    assert {one.name: one.fits for one in found} == {"most common": True, "longest": False}
+    assert "DOES NOT FIT" in found[1].line()
+    assert ("RESOURCE_EXHAUSTED: Used 20.00G of 15.75G hbm." in found[1].line()) == (refuses < 81920)
+    limit = ours.find_limit(steps, found)
+    assert 20000 < limit <= 30000
+    limited = counted(16, shards=2, tokens=limit)
+    assert all(shape.at_once <= 30000 for shape in _an_epoch(limited.grid))
+    assert len(set(program.compiled)) == len(program.compiled)
+
+
+def test_no_limit_helps_where_a_row_a_device_is_too_much():
+    steps, ours = counted(16, shards=8), compiler(Pretended(), 30100)
+    found = ours.compile(_an_epoch(steps.grid))
+    assert ours.find_limit(steps, found) is None
 
 
 def test_chips_by_the_names_that_jax_gives_them():
@@ -147,7 +241,27 @@ def test_a_dry_run_on_pretended_devices(tmp_path):
     found = json.loads(done.stdout)
     assert (found["chips"], found["rows"], found["fits"]) == (4, 4, True)
     assert found["flops"] > 0
-    assert found["collectives"]["all-gather"] > 0
+    (program,) = found["compiled"]
+    assert (program["shape"]["sequences"], program["shape"]["tokens"]) == (4, 640)
+    assert program["collectives"]["all-gather"] > 0
+
+
+def test_the_corpus_own_rows_are_what_is_compiled(tmp_path):
+    make_tiny(tmp_path / "model")
+    records = [record(n, images=0, words=40 if n == 5 else 0) for n in range(12)]
+    write_corpus(tmp_path / "corpus", records)
+    given = {"model": str(tmp_path / "model"), "corpus": str(tmp_path / "corpus"), "run_dir": "none"}
+    given |= {"lora": {"rank": 2}, "batch_rows": 4, "batch_tokens": 1000, "evaluation_fraction": 0, "remat": "none"}
+    found = forecast(make_config(given | {"mesh": {"data": 1}}), "cpu:1", say=lambda line: None)
+    assert found.lengths == f"rows of {tmp_path / 'corpus'}"
+    assert found.in_all == 12
+    shapes = {one.name: one.shape for one in found.compiled}
+    assert (shapes["most common"].batches, shapes["most common"].sequences, shapes["most common"].tokens) == (1, 4, 192)
+    assert shapes["longest"].tokens > 600
+    assert shapes["longest"].at_once <= 1000
+    assert shapes["longest"].batches == 4
+    assert found.lines(1)[2].startswith("most common, 2 of 3 steps: 1 x 4 rows of 192 tokens: ")
+    assert (tmp_path / "corpus" / "rows").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -171,9 +285,10 @@ def test_the_recipe_fits_pods_at_full_size(config, topology):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["fits"]
-    assert found["memory_bytes"] == 16 * 2**30
     assert found["rows"] >= 64
-    assert found["argument_bytes"] * found["chips"] > 19e9  # 9.66 billion parameters
+    for program in found["compiled"]:
+        assert program["memory_bytes"] == 16 * 2**30
+        assert program["argument_bytes"] * found["chips"] > 19e9  # 9.66 billion parameters
 
 
 @pytest.mark.slow
@@ -184,4 +299,15 @@ def test_the_recipe_fits_one_gpu_of_80_gb_at_full_size():
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["fits"]
-    assert 19e9 < found["argument_bytes"] < found["peak_bytes"] < 72e9
+    for program in found["compiled"]:
+        assert 19e9 < program["argument_bytes"] < program["peak_bytes"] < 72e9
+
+
+@pytest.mark.slow
+def test_what_would_fit_one_gpu_of_80_gb_is_said_at_full_size():
+    pytest.importorskip("jax_cuda12_plugin", reason="XLA's compiler for GPUs is not installed (the cuda12 extra)")
+    done = silkie_compile(CONFIGS / "silkie-1x80gb.yaml", "--topology", "h100:1", "--json", "batch_tokens=null")
+    assert done.returncode == 1, done.stderr
+    found = json.loads(done.stdout)
+    assert {one["name"]: one["fits"] for one in found["compiled"]} == {"most common": True, "longest": False}
+    assert 8192 < found["batch_tokens"] < 2**15

@@ -1,9 +1,12 @@
 """How processes find each other, without any."""
 
 import jax
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
-from silkie_jax.hardware.distributed import start
+from silkie_jax.errors import UserError
+from silkie_jax.hardware.distributed import start, together
 
 SLURM = {"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_STEP_NUM_NODES": "4"}
 
@@ -32,3 +35,46 @@ def test_a_process_alone_joins_nobody(monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", never)
     start()
+
+
+# Failing together (with real processes: tests/training/test_hosts.py)
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """This is host 0 of two: what it tells the other, and what the other tells it."""
+    said = {"own": [], "other": ""}
+
+    def gather(own):
+        said["own"].append(own.tobytes().rstrip(b"\0").decode())
+        return np.stack([own, np.frombuffer(said["other"].encode().ljust(len(own), b"\0"), np.uint8)])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    return said
+
+
+def test_hosts_that_do_not_fail_go_on(two):
+    with together():
+        pass
+    assert two["own"] == [""]
+
+
+@pytest.mark.parametrize("error", [UserError("no such corpus"), KeyError(), KeyboardInterrupt("enough")])
+def test_a_host_that_fails_tells_the_others_first(two, error):
+    with pytest.raises(type(error)) as caught, together():
+        raise error
+    assert caught.value is error
+    assert two["own"] == [str(error) or type(error).__name__]
+
+
+def test_a_host_stops_where_another_fails(two):
+    two["other"] = "/data/corpus: no such folder ü"
+    with pytest.raises(UserError, match=r"^host 1 stopped: /data/corpus: no such folder ü$"), together():
+        pass
+
+
+def test_long_words_are_cut(two):
+    with pytest.raises(UserError), together():
+        raise UserError("ü" * 2000)
+    assert 400 < len(two["own"][0]) <= 1000

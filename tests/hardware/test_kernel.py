@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from silkie_jax.errors import UserError
 from silkie_jax.hardware import kernel as module
@@ -106,14 +107,32 @@ def test_a_kernel_that_fails_on_images_alone_is_noticed(gpu, capsys):
     assert sound_kernel("auto", "float32", None).name == "plain"
 
 
-def test_hosts_take_what_is_sound_on_all_of_them(gpu, monkeypatch):
+@pytest.fixture
+def other_host(monkeypatch):
+    """What another host finds sound, and what it dies of."""
+    other = {"sound": [True, True], "dies": ""}
+
+    def gather(own):
+        if own.dtype == bool:
+            return np.stack([own, np.array(other["sound"][: len(own)])])
+        return np.stack([own, np.frombuffer(other["dies"].encode().ljust(len(own), b"\0"), np.uint8)])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda number: number)
+    return other
+
+
+def test_hosts_take_what_is_sound_on_all_of_them(gpu, other_host):
     """Another host says that flash is not sound there; the first host's choice is everybody's."""
-    monkeypatch.setattr(module.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(
-        module.multihost_utils, "process_allgather", lambda flags: np.stack([flags, np.array([False, True])])
-    )
-    monkeypatch.setattr(module.multihost_utils, "broadcast_one_to_all", lambda number: number)
+    other_host["sound"] = [False, True]
     assert sound_kernel("auto", "bfloat16", None).name == "cudnn"
+
+
+def test_a_kernel_asked_for_by_name_that_another_host_refuses_is_refused_on_all(gpu, other_host):
+    other_host["dies"] = "attention: flash is not sound on this machine: no driver; use attention=plain"
+    with pytest.raises(UserError, match=r"host 1 stopped: attention: flash is not sound .* use attention=plain"):
+        sound_kernel("flash", "float32", None)
 
 
 def test_heads_and_rows_are_split_over_a_mesh():

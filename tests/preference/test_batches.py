@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,9 @@ from silkie_jax.corpus import CorpusReader, Record, Response
 from silkie_jax.errors import UserError
 from silkie_jax.models.qwen_vl.image import read_image
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
-from silkie_jax.preference.batches import BatchSource, RowOptions, bucket, decode_images, first_fit
+from silkie_jax.preference import layout as layouts
+from silkie_jax.preference.batches import BatchSource, RowOptions, decode_images
+from silkie_jax.preference.grid import Grid, bucket, first_fit
 from silkie_jax.preference.layout import TOO_LONG, UNUSABLE, lay_out, published
 from silkie_jax.preference.plan import Plan
 from silkie_jax.preference.rows import Row, make_row
@@ -39,17 +43,30 @@ def measured(corpus, options=RATED):
     return laid_out(corpus, options).sizes
 
 
-def source(corpus, indices=None, options=RATED, *, rows=2, accumulate=1, seed=0, pairs=None, **arguments):
+def source(
+    corpus,
+    indices=None,
+    options=RATED,
+    *,
+    rows=2,
+    accumulate=1,
+    seed=0,
+    pairs=None,
+    shards=1,
+    pack=None,
+    tokens=None,
+    **arguments,
+):
     """Batches of all usable records, or of `indices`."""
     sizes = measured(corpus, options)
     indices = np.flatnonzero(sizes[:, 0] > TOO_LONG) if indices is None else np.asarray(indices)
     plan = Plan(sizes[indices], rows * accumulate, pairs, seed)
-    arguments = {"image_size": SIDE, "rows": rows, "accumulate": accumulate} | arguments
-    return BatchSource(corpus, indices, plan, TOKENIZER, options, **arguments)
+    grid = Grid(plan, rows=rows, accumulate=accumulate, shards=shards, pack=pack, tokens=tokens)
+    return BatchSource(corpus, indices, grid, TOKENIZER, options, **{"image_size": SIDE} | arguments)
 
 
 def drawn(batches, step):
-    return batches.indices[batches.plan.records(step)].tolist()
+    return batches.indices[batches.grid.plan.records(step)].tolist()
 
 
 # Order
@@ -209,6 +226,60 @@ def test_short_rows_are_packed_into_one_sequence(corpus):
     assert (tokens[first[first > 0]] != TOKENIZER.end_of_text).all()
 
 
+def long_rows(count=300):
+    """Sizes of rows up to 3,000 tokens, few of them long."""
+    tokens = np.minimum(np.random.default_rng(0).lognormal(6, 0.7, count).astype(int) + 60, 3000)
+    return np.stack([tokens, tokens // 2, *[np.ones(count, int)] * 4], axis=1)
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize("pack", [None, 1200])
+@pytest.mark.parametrize(("rows", "accumulate", "pairs"), [(16, 1, None), (32, 2, None), (24, 1, 20)])
+def test_a_limit_on_tokens_makes_more_batches_of_the_same_steps(rows, accumulate, pairs, pack, shards):
+    """Each record once an epoch, in the step that it would be in anyway, and no batch beyond the limit."""
+    plan = Plan(long_rows(), rows * accumulate, pairs)
+    limited = Grid(plan, rows=rows, accumulate=accumulate, shards=shards, pack=pack, tokens=13000)
+    free = Grid(plan, rows=rows, accumulate=accumulate, shards=shards, pack=pack)
+    seen, more = [], 0
+    for step in range(plan.steps_per_epoch):
+        shape, batches = limited.shape(step), limited.batches(step)
+        assert shape.sequences * shape.tokens <= 13000
+        assert shape.sequences % shards == 0
+        assert {len(groups) for groups in batches} == {shape.sequences}
+        assert len(batches) == shape.batches
+        inside = [record for groups in batches for group in groups for record in group]
+        assert sorted(inside) == sorted(plan.records(step))
+        seen += inside
+        if free.shape(step).sequences * shape.tokens <= 13000:
+            assert batches == free.batches(step)
+        more += shape.batches > free.shape(step).batches == accumulate
+    assert sorted(seen) == list(range(300))
+    assert more
+    shapes = limited.shapes(range(plan.steps_per_epoch))
+    assert len({shape.key for shape in shapes}) == len(shapes)
+
+
+def test_a_row_that_is_longer_than_the_limit_on_tokens_is_refused():
+    sizes = long_rows()
+    sizes[7, 0] = 3000
+    Grid(Plan(sizes, 8), rows=8, shards=4, tokens=4 * 3072)
+    with pytest.raises(UserError) as caught:
+        Grid(Plan(sizes, 8), rows=8, shards=4, tokens=4 * 3072 - 1)
+    assert str(caught.value) == (
+        "batch_tokens 12287: rows are up to 3072 tokens long and 4 go at once (mesh data x fsdp), which makes 12288; "
+        "set batch_tokens to that or more, or max_length to less"
+    )
+
+
+def test_batches_under_a_limit_on_tokens_hold_the_same_rows(corpus):
+    plain, limited = (source(corpus, rows=4, seed=None, tokens=tokens).batch(0) for tokens in (None, 2100))
+    assert plain.arrays["tokens"].shape[:2] == (1, 4)
+    assert limited.arrays["tokens"].shape[:2] == (2, 2)
+    assert (limited.ids, limited.work) == (plain.ids, plain.work)
+    for name, array in plain.arrays.items():
+        np.testing.assert_array_equal(limited.arrays[name].reshape(array.shape), array, err_msg=name)
+
+
 @pytest.mark.parametrize("capacity", [10, 17, 100])
 def test_first_fit_keeps_everything_and_the_capacity(capacity):
     lengths = np.random.default_rng(1).integers(1, 11, 60).tolist()
@@ -222,8 +293,8 @@ def test_first_fit_keeps_everything_and_the_capacity(capacity):
 def test_one_shape_a_length(corpus):
     batches = source(corpus, rows=2)
     steps = range(3 * batches.steps_per_epoch)
-    shapes = batches.shapes(steps)
-    assert len({shape[:2] for shape in shapes}) == len(shapes)
+    shapes = batches.grid.shapes(steps)
+    assert len({shape.key for shape in shapes}) == len(shapes)
     for step in steps:
         batch = batches.batch(step)
         assert batch.shape in shapes
@@ -345,12 +416,46 @@ def test_rows_that_were_cut_short_on_disk_are_laid_out_again(corpus):
     np.testing.assert_array_equal(again.sizes, layout.sizes)
 
 
-def test_of_two_hosts_that_lay_out_at_once_the_first_ones_file_stays(tmp_path):
-    with published(tmp_path / "rows.tokens") as ours, published(tmp_path / "rows.tokens") as theirs:
-        theirs.write(b"the first to finish")
-        ours.write(b"the second")
-    assert (tmp_path / "rows.tokens").read_bytes() == b"the first to finish"
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_hosts_that_lay_out_at_once_the_first_ones_file_stays(tmp_path, monkeypatch, links):
+    def no_links(*_):
+        raise OSError(95, "Operation not supported")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    path = tmp_path / "rows.tokens"
+    with published(path) as ours:
+        with published(path) as theirs:
+            theirs.write(b"the rows")
+        first = path.stat().st_ino
+        ours.write(b"the rows")
+    assert path.stat().st_ino == first
+    assert path.read_bytes() == b"the rows"
     assert [path.name for path in tmp_path.iterdir()] == ["rows.tokens"]
+
+
+def test_a_damaged_file_gives_way(tmp_path):
+    (tmp_path / "rows.tokens").write_bytes(b"the ro")
+    with published(tmp_path / "rows.tokens") as file:
+        file.write(b"the rows")
+    assert (tmp_path / "rows.tokens").read_bytes() == b"the rows"
+
+
+def test_a_second_host_takes_nothing_away_from_the_first(corpus, monkeypatch):
+    """It looked before the first one had published. What the first has opened must stay where it is."""
+    shutil.rmtree(corpus.path / "rows", ignore_errors=True)
+    look, first = layouts._load, {}
+
+    def look_too_early(file, records):
+        monkeypatch.setattr(layouts, "_load", look)
+        first["layout"] = laid_out(corpus)
+        first["files"] = {path: path.stat().st_ino for path in file.parent.iterdir()}
+
+    monkeypatch.setattr(layouts, "_load", look_too_early)
+    assert laid_out(corpus).has_rows
+    assert first["layout"].has_rows
+    assert len(first["files"]) == 2
+    assert {path: path.stat().st_ino for path in (corpus.path / "rows").iterdir()} == first["files"]
 
 
 def test_an_empty_table_is_made_again(corpus):

@@ -5,7 +5,10 @@ import pytest
 
 from silkie_jax.corpus import CorpusReader
 from silkie_jax.errors import UserError
+from silkie_jax.hardware.mesh import make_mesh
+from silkie_jax.loading import load
 from silkie_jax.scoring.reference import compute_reference
+from silkie_jax.scoring.scorer import Scorer
 from silkie_jax.scoring.store import PART, ReferenceStore, find_reference
 from silkie_jax.training.config_file import make_config
 from silkie_jax.training.loop import train
@@ -130,3 +133,30 @@ def test_the_nearest_identity_is_compared(tmp_path):
     filled(tmp_path, 4)
     with pytest.raises(UserError, match="made with other tokenizer and corpus;"):
         find_reference(tmp_path, IDENTITY | {"tokenizer": "x", "corpus": "y"}, 4)
+
+
+# The scorer
+
+
+def test_a_limit_on_tokens_makes_more_passes_and_changes_nothing(folder):
+    model, tokenizer = load(folder / "model")
+    records, mesh = list(CorpusReader(folder / "corpus")), make_mesh(data=1)
+
+    def scored(tokens):
+        """Log-probabilities, and the shapes [1, B, T] of the passes that gave them."""
+        scorer = Scorer(model, tokenizer, mesh, batch_rows=4, batch_tokens=tokens, max_length=2048)
+        forward, shapes = scorer._forward, []
+
+        def noted(state, arrays, branches):
+            shapes.append(arrays["tokens"].shape)
+            return forward(state, arrays, branches=branches)
+
+        scorer._forward = noted
+        return scorer(records), shapes
+
+    (expected, whole), (ours, parts) = scored(None), scored(700)
+    assert [shape[1] for shape in whole] == [4, 4]
+    assert all(rows * length <= 700 or rows == 1 for _, rows, length in parts)
+    assert len(parts) > 2
+    for one, other in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(one.logps, other.logps, rtol=0, atol=1e-4)

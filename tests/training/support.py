@@ -20,11 +20,12 @@ from silkie_jax.corpus.shards import CorpusBuilder
 from silkie_jax.hardware.mesh import put
 from silkie_jax.models.qwen_vl.model import QwenVL
 from silkie_jax.nn.attention import PADDING, PLAIN, Kernel
-from silkie_jax.preference.batches import Batch, Shape, collate, decode_images, make_shape, round_up
+from silkie_jax.preference.batches import Batch, collate, decode_images
 from silkie_jax.preference.counts import Work
+from silkie_jax.preference.grid import Shape, make_shape, round_up
 from silkie_jax.preference.layout import row_sizes
 from silkie_jax.preference.rows import Row, make_row
-from silkie_jax.training.step import Objective, Step, trainable_filter
+from silkie_jax.training.step import MARGINS, Objective, Step, trainable_filter
 
 SIDE = 28  # of the tiny model's images: four patches
 SIZES = {
@@ -110,7 +111,7 @@ def rows_arrays(
 
 def collated(rows: Sequence[Row | None], pad: int) -> dict[str, np.ndarray]:
     """Arrays [R, ...] in the tightest shape; None is an empty row."""
-    shape = make_shape(len(rows), [np.array(row_sizes(row)) for row in rows if row])
+    shape = make_shape(1, len(rows), [np.array(row_sizes(row)) for row in rows if row])
     return collate([[row] if row else [] for row in rows], shape, pad)
 
 
@@ -128,8 +129,9 @@ def as_batch(arrays: dict[str, np.ndarray]) -> Batch:
     """What `Trainer.update` takes."""
     sizes = {name: array.shape[2] for name, array in arrays.items()}
     images = sizes.get("images", 0)
-    sequences = arrays["tokens"].shape[1]
-    shape = Shape(sequences, sizes["tokens"], sizes["labels"], sizes["pairs"], images, branches_of(arrays))
+    shape = Shape(
+        *arrays["tokens"].shape[:2], sizes["tokens"], sizes["labels"], sizes["pairs"], images, branches_of(arrays)
+    )
     return Batch(arrays, [], Work(), shape)
 
 
@@ -173,7 +175,7 @@ class Steps:
             trainable, state, self.frozen, self.reference, batch, branches=branches_of(arrays)
         )
         assert not float(metrics.pop("skipped"))
-        return {k: float(v) for k, v in metrics.items()}, by_path(gradients)
+        return {k: float(v) for k, v in metrics.items() if k not in MARGINS}, by_path(gradients)
 
 
 def branches_of(arrays: dict[str, np.ndarray]) -> int:

@@ -269,14 +269,14 @@ def test_trained_weights_stay_float32_in_bfloat16(folder, tmp_path, batch):
     assert (rounded[0] == rounded[1]).mean() > 0.9
 
 
-def test_adapter_off_is_the_reference_of_an_adapter_that_was_trained_before(folder, tmp_path, batch):
+def test_the_reference_of_an_adapter_that_was_trained_before_is_that_or_by_name_the_base(folder, tmp_path, batch):
     run = trainer(folder, tmp_path / "a", lora={"rank": 2})
     assert float(run.update(batch)["rewards/margins"]) == 0
     run.update(batch)
     save_result(run, tmp_path / "a")
-    again = trainer(folder, tmp_path / "b", adapter=str(tmp_path / "a" / "adapter"))
+    again = trainer(folder, tmp_path / "b", adapter=str(tmp_path / "a" / "adapter"), reference="adapter_off")
     assert float(again.update(batch)["rewards/margins"]) > 0
-    copied = trainer(folder, tmp_path / "b", adapter=str(tmp_path / "a" / "adapter"), reference="copy")
+    copied = trainer(folder, tmp_path / "b", adapter=str(tmp_path / "a" / "adapter"))
     assert float(copied.update(batch)["rewards/margins"]) == 0
 
 

@@ -113,7 +113,8 @@ def _kind(
         return "unparsable", found.broken
     if any_number:
         first = ", ".join(f"{aspect} of text {text + 1}" for aspect, text in missing[:3])
-        return "missing", f"{len(missing)} ratings are absent or unclear: {first}{', ...' if missing[3:] else ''}"
+        more = ", ..." if missing[3:] else ""
+        return "missing", f"{len(missing)} ratings are absent, unclear or off the scale: {first}{more}"
     if _REFUSAL.match(straight(reply)):
         return "refusal", " ".join(reply.split())[:300]
     if found.any and not missing:

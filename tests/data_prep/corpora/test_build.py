@@ -22,6 +22,7 @@ from silkie_jax.corpus import CorpusReader
 from silkie_jax.endpoints.store import DATABASE
 from silkie_jax.errors import UserError
 from silkie_jax.yaml_files import make
+from tests.data_prep.conftest import rejections
 from tests.data_prep.rated import MODELS, files, fill, quality, settle, text_reply
 from tests.data_prep.runs import picture, start
 
@@ -243,6 +244,25 @@ def test_instructions_without_a_response_are_listed(tmp_path):
     assert json.loads((tmp_path / "corpus" / "rejected.jsonl").read_text())["id"] == "i1"
 
 
+def test_replies_that_leave_gaps_are_listed(tmp_path):
+    """A number off the scale is no rating: the line names the record, the judge and which rating it would have been."""
+
+    def reply(number, judge, order, shown, said):
+        return said.replace("Rating: 5", "Rating: 3000000", 1) if number == 2 else "" if number == 3 else said
+
+    summary = build(fill(tmp_path / "run", 4, reply=reply), tmp_path / "corpus", **QUIET)
+    assert (summary.records, summary.rejected, summary.missing_ratings) == (4, {}, 13)
+    listed = rejections(tmp_path / "corpus")
+    assert [(line["what"], line["id"], line["reason"]) for line in listed] == [
+        ("reply", "i1", "reply not complete"),
+        ("reply", "i2", "reply not complete"),
+    ]
+    assert listed[0]["detail"].startswith(
+        "judge, order 0 (missing): 1 ratings are absent, unclear or off the scale: Helpfulness of text "
+    )
+    assert "judge, order 0 (failed): there is no reply (ok)" in listed[1]["detail"]
+
+
 def test_mistakes_are_one_line(tmp_path):
     fill(tmp_path / "run", 2, judges=("a",))
     with pytest.raises(UserError, match="has judges a"):
@@ -254,6 +274,11 @@ def test_mistakes_are_one_line(tmp_path):
         run.save_settings("judge:b", {"rubric": rubric})
     with pytest.raises(UserError, match="judges a and b rate Helpfulness from 1 to 5 and from 1 to 10"):
         build(tmp_path / "run", tmp_path / "corpus", **QUIET)
+    with Run.create(tmp_path / "run") as run:
+        rubric["scale"] = {"low": 0, "high": 3_000_000}
+        run.save_settings("judge:b", {"rubric": rubric})
+    with pytest.raises(UserError, match=r"judge b: scale\.low 0 and high 3e\+06 must lie within -100 to 100"):
+        build(tmp_path / "run", tmp_path / "corpus", judges=["b"], **QUIET)
     for options, words in (
         ({"shards": 0}, "shards: 0 is not at least 1"),
         ({"workers": 0}, "workers: 0 is not at least 1"),

@@ -3,6 +3,9 @@
 import json
 import math
 import re
+import subprocess
+import tracemalloc
+from dataclasses import replace
 from statistics import stdev
 
 import pytest
@@ -12,12 +15,11 @@ from data_prep.corpora.measures import Measures
 from data_prep.corpora.report import measure, remarks, write_report
 from data_prep.corpora.show import show
 from data_prep.judging.rate import rate
-from data_prep.respond import respond
 from silkie_jax.corpus import CorpusReader, Record, Response
 from silkie_jax.corpus.shards import CorpusBuilder
 from silkie_jax.errors import UserError
 from tests.data_prep.rated import fill, quality, text_reply
-from tests.data_prep.runs import QUIET, make_run, picture, write_judge, write_pool
+from tests.data_prep.runs import QUIET, make_answered, picture, write_judge
 from tests.endpoints.server import Script, Server
 
 QUIETLY = {"progress": False, "workers": 1}
@@ -45,8 +47,7 @@ def judged(tmp_path_factory):
     corpora = {}
     with Server(Script(bias=2)) as server:
         for orders in (1, 4):
-            run = make_run(folder / f"run-{orders}", 48)
-            respond(run, write_pool(folder / "pool", server.url), QUIET)
+            run = make_answered(folder / f"run-{orders}", 48, server.url)
             rate(run, [write_judge(folder / "judge", server.url, {"orders": orders})], QUIET)
             build(run, folder / f"corpus-{orders}", **QUIETLY)
             corpora[orders] = measure(CorpusReader(folder / f"corpus-{orders}"), run=run)
@@ -120,6 +121,43 @@ def test_ratings_ties_lengths_and_models():
     assert numbers["sources"] == {"": 1, "s": 1}
 
 
+def test_one_absurd_rating_costs_no_memory_and_is_named(tmp_path):
+    records = [record(0, [1, 5, 3e6]), record(1, [-1e300, 4, math.inf]), record(2, [2, 6, 3])]
+    tracemalloc.start()
+    numbers = Measures()
+    for one in records[:2]:  # as imported before scales were kept
+        numbers.add(one)
+    found = numbers.to_json()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+    assert found["ratings"]["A"]["histogram"] == {"1": 1, "2": 0, "3": 0, "4": 1, "5": 1}
+    assert (found["ratings"]["A"]["n"], found["ratings"]["A"]["missing"], found["off_scale"]) == (3, 0, {"A": 3})
+
+    corpus_of(tmp_path / "corpus", [records[0], records[2]], scales={"A": [1, 5]})
+    page = write_report(tmp_path / "corpus", progress=False)
+    assert json.loads(page.with_suffix(".json").read_text())["off_scale"] == {"A": 2}
+    assert "2 ratings of A are off the scale" in page.read_text()
+
+
+def test_numbers_stay_small_however_many_names_there_are():
+    measures = Measures()
+    for n in range(300):
+        responses = (Response("x", f"m{n}", {f"A{n}": 3}),)
+        judged = {"judge": f"j{n}", "order": 0, "kind": "complete", "shown": [0], "ratings": {"A": [3]}}
+        extra = {"licence": f"l{n}", "judgements": [judged]}
+        measures.add(Record(f"r{n}", (), "prompt", responses, source=f"s{n}", extra=extra))
+    numbers = measures.to_json()
+    for key in ("sources", "licences", "models", "ratings", "judges", "pairs"):
+        assert len(numbers[key]) == 101
+    assert numbers["models"]["(others)"]["responses"] == numbers["sources"]["(others)"] == 200
+
+
+def test_a_corpus_without_any_number_is_reported(tmp_path):
+    corpus_of(tmp_path / "corpus", [record(0, [math.nan, math.nan])])
+    assert "2 missing" in write_report(tmp_path / "corpus", progress=False).read_text()
+
+
 def test_weights_count_in_the_overall_rating():
     ratings = {"A": 5.0, "B": 1.0, "C": math.nan}
     assert Measures({"A": 3, "B": 1, "C": 0}).overall(ratings) == 4
@@ -181,6 +219,23 @@ def test_the_page_needs_nothing_else_and_runs_nothing(tmp_path):
     numbers = json.loads((tmp_path / "r.json").read_text())
     assert numbers["records"] == 3
     assert numbers["ratings"]["A"]["histogram"] == {"1": 3, "2": 0, "3": 0, "4": 0, "5": 3}
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 12\n%%EndComments\n"
+
+
+@pytest.mark.parametrize("data", [EPS, b"no image", picture(0)[:-30]], ids=["EPS", "text", "cut off"])
+def test_what_is_no_image_is_said_and_never_handed_to_another_program(tmp_path, monkeypatch, data):
+    def started(*_, **__):
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", started)
+    corpus_of(tmp_path / "corpus", [replace(record(0, [1, 5]), images=(data,))])
+    page = write_report(tmp_path / "corpus", progress=False)
+    assert "unreadable image: " in page.read_text()
+    text = show(tmp_path / "corpus", number=0)
+    assert "image 1: PNG 16 x 12" in text if data.startswith(b"\x89PNG") else "image 1: unreadable image" in text
 
 
 def test_a_corpus_without_ratings_and_one_of_vlfeedback(tmp_path):

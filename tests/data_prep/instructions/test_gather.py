@@ -22,7 +22,7 @@ from data_prep.run import Run
 from data_prep.tables.rejections import Rejected
 from silkie_jax.errors import UserError
 from silkie_jax.yaml_files import make
-from tests.data_prep.conftest import encode
+from tests.data_prep.conftest import encode, lock
 
 
 def noise(seed, size=(64, 48)):
@@ -178,6 +178,17 @@ def test_json_arrays_are_read_in_pieces(tmp_path, monkeypatch):
         (tmp_path / "b.json").write_text(text)
         with pytest.raises(UserError, match=r"b\.json"):
             list(_json_rows(tmp_path / "b.json"))
+
+
+def test_rows_look_at_nothing_beside_them_but_their_images(tmp_path, folder, monkeypatch):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "leaves.png").symlink_to("/etc/passwd")
+    lock(monkeypatch, "secret")
+    path = write(tmp_path / "rows.jsonl", [{"image": "images/1.jpg", "prompt": "p"}, {"prompt": "text alone"}])
+    report, instructions = gather(tmp_path, {"s": {"path": path}})
+    assert [len(instruction.images) for instruction in instructions] == [1, 0]
+    assert report.sources["s"]["accepted"] == 2
+    assert rejected(tmp_path) == []
 
 
 def test_images_alone_from_a_folder_a_zip_and_a_tar(tmp_path, folder):

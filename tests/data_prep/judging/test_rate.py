@@ -6,11 +6,10 @@ from collections import Counter
 import pytest
 
 from data_prep.judging.rate import Judge, arrangements, rate
-from data_prep.respond import respond
 from data_prep.run import Gathered, Instruction, Run, StoredResponse
 from silkie_jax.endpoints.agents import Agent
 from silkie_jax.errors import UserError
-from tests.data_prep.runs import QUIET, everything, make_run, write_judge, write_pool
+from tests.data_prep.runs import QUIET, everything, make_answered, make_run, write_judge
 from tests.endpoints.server import Server
 
 
@@ -54,8 +53,7 @@ def test_missing_responses_leave_no_gap():
 
 def test_the_judge_sees_the_texts_in_the_recorded_order(tmp_path):
     with Server() as server:
-        make_run(tmp_path / "run", 5)
-        respond(tmp_path / "run", write_pool(tmp_path / "pool", server.url), QUIET)
+        make_answered(tmp_path / "run", 5, server.url)
         rate(tmp_path / "run", [write_judge(tmp_path / "judge", server.url)], QUIET)
     texts = [[response.text for response in of.responses] for of in everything(tmp_path / "run")]
     with Run.open(tmp_path / "run") as run:
@@ -72,8 +70,7 @@ def test_several_judges_at_once_or_one_after_the_other(tmp_path):
     with Server() as server:
         judges = [write_judge(tmp_path / n, server.url, {"name": n}, sampling={"user": n}) for n in ("a", "b")]
         for name in ("together", "apart"):
-            make_run(tmp_path / name, 5)
-            respond(tmp_path / name, write_pool(tmp_path / "pool", server.url), QUIET)
+            make_answered(tmp_path / name, 5, server.url)
         rate(tmp_path / "together", judges, QUIET)
         for one in reversed(judges):
             rate(tmp_path / "apart", [one], QUIET)
@@ -88,8 +85,7 @@ def test_several_judges_at_once_or_one_after_the_other(tmp_path):
 
 def test_later_orders_are_added(tmp_path):
     with Server() as server:
-        make_run(tmp_path / "run", 5)
-        respond(tmp_path / "run", write_pool(tmp_path / "pool", server.url), QUIET)
+        make_answered(tmp_path / "run", 5, server.url)
         rate(tmp_path / "run", [write_judge(tmp_path / "judge", server.url)], QUIET)
         outcome = rate(tmp_path / "run", [write_judge(tmp_path / "judge", server.url, {"orders": 4})], QUIET)
         assert outcome.states == {"ok": 20}

@@ -1,19 +1,23 @@
 """Images are found by name only inside what was given, and stored only if they can be decoded."""
 
+import ast
 import io
 import stat
 import warnings
 import zipfile
 import zlib
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from data_prep.tables.archives import open_images
+import data_prep
+import silkie_jax
+from data_prep.tables.archives import images_of_rows, open_images
 from data_prep.tables.images import check_image
 from data_prep.tables.rejections import Rejected
 from silkie_jax.errors import UserError
-from tests.data_prep.conftest import encode
+from tests.data_prep.conftest import encode, lock
 
 
 @pytest.mark.parametrize(
@@ -71,6 +75,18 @@ def test_a_flipped_byte_in_a_png_is_noticed():
     data[len(data) // 2] ^= 255
     with pytest.raises(Rejected, match="unreadable image"):
         check_image(bytes(data))
+
+
+def test_every_image_is_opened_by_the_table_of_formats():
+    """Without it, Pillow starts Ghostscript for an EPS file."""
+    found = []
+    for path in (*Path(silkie_jax.__file__).parent.rglob("*.py"), *Path(data_prep.__file__).parent.rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "Image.open":
+                formats = {ast.unparse(word.value) for word in call.keywords if word.arg == "formats"}
+                found.append((path.name, formats))
+    assert found
+    assert all(formats <= {"FORMATS", "STORED"} and formats for _, formats in found), found
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -169,6 +185,49 @@ def test_links_that_leave_the_folder_are_refused(tmp_path):
             images.find(name)
 
 
+def test_a_folder_that_cannot_be_listed_is_refused_and_the_others_go_on(tmp_path, monkeypatch):
+    for name in ("good", "locked"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.jpg").write_bytes(encode())
+    lock(monkeypatch, "locked")
+    images = open_images(tmp_path)
+    assert images.refused == {"locked": "cannot be looked at (Permission denied)"}
+    assert images.names == ["good/good.jpg"]
+    with pytest.raises(UserError, match=r"locked: the image folder cannot be read \(Permission denied\)"):
+        open_images(tmp_path / "locked")
+
+
+def test_images_beside_rows(tmp_path, monkeypatch):
+    """By the rows' paths, by file names and ids in the rows' own folder; nothing else is looked at."""
+    folder = tmp_path / "rows"
+    for name in ("a.jpg", "below/b.jpg", "locked/secret.jpg", "c.txt", "5.jsonl", "7.PNG"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+    (tmp_path / "outside.jpg").write_bytes(encode())
+    (folder / "leaves.jpg").symlink_to("../outside.jpg")
+    (folder / "broken.jpg").symlink_to("nothing.jpg")
+    (folder / "out").symlink_to("..")
+    lock(monkeypatch, "locked")
+    for rows in (folder, folder / "rows.jsonl"):
+        images = images_of_rows(rows)
+        assert not images.refused
+        assert images.names == ["7.PNG", "a.jpg"]
+        assert images.find("a.jpg") == images.find("./a.jpg") == images.find("elsewhere/a.jpg") == "a.jpg"
+        assert images.find("below/b.jpg") == "below/b.jpg"
+        assert images.read("below/b.jpg") == b"below/b.jpg"
+        assert images.stamp("below/b.jpg").startswith("11-")
+        assert images.find("c.txt") == "c.txt"  # the row says so
+        assert (images.has("7"), images.has("5"), images.has("b")) == (True, False, False)
+        for path in ("b.jpg", "broken.jpg", "below", "below/b.jpg/c", "x" * 5000):
+            with pytest.raises(Rejected, match=r"image (not found|refused)"):
+                images.find(path)
+        for path in ("leaves.jpg", "out/outside.jpg"):
+            with pytest.raises(Rejected, match=r"image refused: .* a link that leaves the folder"):
+                images.find(path)
+        with pytest.raises(Rejected, match="points outside"):
+            images.find("../outside.jpg")
+
+
 def test_other_hostile_zips(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zipfile warns about the duplicate that is wanted here
@@ -198,5 +257,3 @@ def test_what_is_no_source_of_images(tmp_path):
     (tmp_path / "text").write_text("hello")
     with pytest.raises(UserError, match="neither a folder nor a readable zip"):
         open_images(tmp_path / "text")
-    with pytest.raises(Rejected, match="because no image folder or zip"):
-        open_images(None).find("a.jpg", "a")

@@ -11,6 +11,7 @@ from data_prep.tables.vlfeedback import import_vlfeedback
 from silkie_jax.corpus.reader import CorpusReader
 from silkie_jax.errors import UserError
 from tests.data_prep.conftest import encode, row, write_rows
+from tests.data_prep.rated import files
 
 SHARDS = 4
 
@@ -52,10 +53,6 @@ def source(tmp_path):
 def start(source, dst, *arguments, code=KILL_ITSELF, **options):
     command = [sys.executable, "-c", code, str(source), str(source.parent / "images"), str(dst), *arguments]
     return subprocess.Popen(command, **options)
-
-
-def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture

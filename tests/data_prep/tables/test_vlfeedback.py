@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.tables.vlfeedback import import_vlfeedback
 from silkie_jax.corpus.pairs import pairs
-from silkie_jax.corpus.reader import CorpusReader
+from silkie_jax.corpus.reader import CorpusReader, read_manifest
 from silkie_jax.errors import UserError
 from tests.data_prep.conftest import completion, encode, rejections, row, write_rows
 
@@ -133,8 +133,8 @@ def test_everything_that_can_be_wrong_is_counted_and_listed(tmp_path, images):
     assert summary.rows == 23 == summary.records + sum(summary.rejected.values())
     assert (summary.duplicate_ids_identical, summary.duplicate_ids_differing, summary.unreadable_images) == (1, 1, 2)
     assert (summary.images, summary.text_only, summary.dropped_responses) == (5, 1, 1)
-    assert summary.ratings_outside_1_to_5 == 3
-    assert summary.missing_ratings == 3
+    assert summary.ratings_off_scale == 3
+    assert summary.missing_ratings == 6
     listed = rejections(tmp_path / "corpus")
     assert sum(line["what"] == "row" for line in listed) == 17
     assert [line["line"] for line in listed] == sorted(line["line"] for line in listed)
@@ -146,12 +146,44 @@ def test_everything_that_can_be_wrong_is_counted_and_listed(tmp_path, images):
         "reason": "duplicate id, identical row",
         "detail": "first seen in row 1",
     }
-    assert {"reason": "response dropped", "what": "response"}.items() <= next(
-        line for line in listed if line.get("id") == "d"
-    ).items()
+    assert [(line["what"], line["reason"]) for line in listed if line.get("id") == "d"] == [
+        *[("rating", "rating off the scale")] * 3,
+        ("response", "response dropped"),
+    ]
     assert json.loads((tmp_path / "corpus" / "summary.json").read_text())["rows"] == 23
     for part in ("rows ", "23", "mean_rating", "image too large", "missing ratings"):
         assert part in summary.table()
+
+
+def test_ratings_off_the_scale_are_refused_by_name(tmp_path, images):
+    """One by one: the rest of the record is kept, and the line says which rating, in which row, and what to do."""
+    rows = [row("a", "3000000", "4"), row("b", "0", "5")]
+    rows[0]["completions"][1]["annotations"]["Helpfulness"]["Rating"] = "5.01"
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    summary, (a, b) = run(source, images, tmp_path / "corpus")
+    assert [math.isnan(rating) for rating in a.responses[0].ratings.values()] == [True] * 3
+    assert list(a.responses[1].ratings.values())[1:] == [4, 4]
+    assert list(b.responses[1].ratings.values()) == [5, 5, 5]
+    assert (summary.records, summary.ratings, summary.ratings_off_scale, summary.missing_ratings) == (2, 5, 7, 7)
+    listed = rejections(tmp_path / "corpus")
+    assert len(listed) == 7
+    assert listed[0] == {
+        "what": "rating",
+        "file": "rows.jsonl",
+        "line": 1,
+        "id": "a",
+        "reason": "rating off the scale",
+        "detail": "completion 0, Ethical Considerations: 3e+06 is not between 1 and 5: correct it, or name the scale "
+        "with --scale",
+    }
+    assert read_manifest(tmp_path / "corpus")["scales"]["Helpfulness"] == [1, 5]
+
+    summary, (a, b) = run(source, images, tmp_path / "wider", scale=(0, 10))
+    assert (summary.ratings, summary.ratings_off_scale) == (9, 3)
+    assert a.responses[1].ratings["Helpfulness"] == 5.01
+    for scale, message in (((5, 1), "--scale: low 5 must be below high 1"), ((0, 3e6), "must lie within -100 to 100")):
+        with pytest.raises(UserError, match=message):
+            run(source, images, tmp_path / "none", scale=scale)
 
 
 def test_rows_that_share_an_id(tmp_path, images):
@@ -186,6 +218,15 @@ def test_images_from_a_zip(tmp_path, images):
     _, from_folder = run(source, images, tmp_path / "folder")
     assert from_zip == from_folder
     assert CorpusReader(tmp_path / "zip").fingerprint == CorpusReader(tmp_path / "folder").fingerprint
+
+
+def test_images_beside_the_rows_are_the_default(tmp_path, images):
+    rows = [row("a"), row("b", img_path="b.jpg"), row("c", img_path=None)]
+    (images / "b.jpg").write_bytes((images / "merged_images" / "b.jpg").read_bytes())
+    _, named = run(write_rows(tmp_path / "rows.jsonl", rows[:2]), images, tmp_path / "named")
+    summary, beside = run(write_rows(images / "rows.jsonl", rows), None, tmp_path / "beside")
+    assert beside[:2] == named
+    assert (summary.images, summary.text_only) == (2, 1)
 
 
 def test_parquet_in_both_forms_and_with_its_own_images(tmp_path, images):
@@ -233,7 +274,7 @@ def test_what_the_user_can_mend_is_one_line(tmp_path, images):
         (good, images, {"workers": 0}, "workers: 0"),
         (good, images, {"shards": -1}, "shards: -1"),
         (write_rows(tmp_path / "empty.jsonl", []), images, {}, "holds no rows"),
-        (good, None, {}, "none of the 1 rows .* image not found: merged_images/a.jpg because no image folder"),
+        (good, None, {}, r"none of the 1 rows .* image not found: merged_images/a.jpg beside the rows: .*--images"),
     ]
     for source, folder, options, message in cases:
         with pytest.raises(UserError, match=message) as error:
