@@ -50,15 +50,17 @@ class Running:
         self.url = f"http://127.0.0.1:{self.port}"
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
         self.thread.start()
-        assert ready.wait(30)
+        assert ready.wait(60)
         assert self.house.state == READY
 
     def stop(self):
         self.server.end()
         self.thread.join(30)
         assert self.house.thread.stop(30)
+        while not self.served.engine.idle:  # the next server begins with nothing to do
+            self.served.engine.step()
 
-    def idle(self, seconds=20.0):
+    def idle(self, seconds=60.0):
         """Waits until nobody is inside and nothing is computed."""
         end = time.monotonic() + seconds
         while self.house.health()["replies"] or not self.served.engine.idle:
@@ -88,6 +90,33 @@ def running(served):
             return made
 
         yield make
+
+
+class Gate:
+    """Before the engine's steps: lets through as many as it is told to, or all once it is open."""
+
+    def __init__(self, step):
+        self._step, self._allowed, self._open = step, threading.Semaphore(0), threading.Event()
+
+    def allow(self, steps):
+        self._allowed.release(steps)
+
+    def open(self):
+        self._open.set()
+
+    def step(self):
+        while not self._open.is_set() and not self._allowed.acquire(timeout=0.02):
+            pass
+        return self._step()
+
+
+@pytest.fixture
+def gate(running, served, monkeypatch):
+    """Closed; opened before the test's servers end."""
+    made = Gate(served.engine.step)
+    monkeypatch.setattr(served.engine, "step", made.step)
+    yield made
+    made.open()
 
 
 @pytest.fixture(scope="module")

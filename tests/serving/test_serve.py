@@ -5,7 +5,6 @@ import concurrent.futures
 import json
 import random
 import socket
-import threading
 import time
 
 import httpx2
@@ -274,52 +273,62 @@ def test_a_key_is_asked_for(running):
     assert httpx2.get(f"{server.url}/health").status_code == 200
 
 
-def test_a_full_server_says_when_to_come_again(running):
+def test_a_full_server_says_when_to_come_again(running, gate):
     server = running(queue=1)
-    long = {"messages": [user("Hi")], "max_tokens": 600, "temperature": 0, "n": SLOTS}
+    body = {"messages": [user("Hi")], "max_tokens": 6, "temperature": 0}
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        replies = [threads.submit(post, server, json=long)]
-        while server.house.health()["replies"] < SLOTS:
-            time.sleep(0.01)
-        replies.append(threads.submit(post, server, json={**long, "n": 1}))
+        replies = [threads.submit(post, server, json={**body, "n": n}) for n in (SLOTS, 1)]
         while server.house.health()["replies"] < SLOTS + 1:
             time.sleep(0.01)
-        refused = post(server, json=long)
+        refused = post(server, json=body)
         assert "full: 5 replies" in error(refused, 429)
         assert 1 <= int(refused.headers["retry-after"]) <= 30
         with pytest.raises(openai.RateLimitError):
             greedy(server)
+        gate.open()
         assert [reply.result().status_code for reply in replies] == [200, 200]
     server.idle()
-    assert "full" in error(post(server, json={**long, "n": SLOTS + 2}), 429)
+    assert "full" in error(post(server, json={**body, "n": SLOTS + 2}), 429)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_time_is_limited(running, stream):
+def test_time_is_limited(running, gate):
     server = running(limits=Limits(seconds=0.5))
-    body = {"messages": [user("Hi")], "max_tokens": 600, "temperature": 0, "stream": stream}
-    reply = post(server, json=body)
-    if stream and reply.status_code == 200:  # it began in time
-        *_, last = reply.text.strip().split("\n\n")
-        assert "took longer than 0.5 s" in json.loads(last.removeprefix("data: "))["error"]["message"]
-    else:
+    body = {"messages": [user("Hi")], "max_tokens": 600, "temperature": 0}
+    for stream in (False, True):
+        reply = post(server, json={**body, "stream": stream})
         assert "took longer than 0.5 s" in error(reply, 504)
         assert reply.headers["x-should-retry"] == "false"
-    server.idle(5)
+    gate.open()
+    server.idle()
+
+
+def test_a_stream_that_takes_too_long_says_so(running, gate):
+    server = running(limits=Limits(seconds=3))
+    gate.allow(1)
+    reply = post(server, json={"messages": [user("Hi")], "max_tokens": 600, "temperature": 0, "stream": True})
+    assert reply.status_code == 200
+    *events, last = reply.text.strip().split("\n\n")
+    assert len(events) >= 2
+    assert "took longer than 3 s" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    gate.open()
+    server.idle()
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_goes_away_is_not_worked_for(server, served, stream):
-    server.idle()
+def test_who_goes_away_is_not_worked_for(server, served, gate, stream):
     tokens = served.engine.meters.tokens
+    gate.allow(1)
     body = json.dumps({"messages": [user("Hi")], "max_tokens": 650, "temperature": 0, "n": SLOTS, "stream": stream})
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(f"{head}content-type: application/json\r\n\r\n{body}".encode())
         while served.engine.meters.tokens == tokens:
             time.sleep(0.01)
-    server.idle(5)
-    assert served.engine.meters.tokens - tokens < SLOTS * 600
+    while server.house.health()["replies"]:
+        time.sleep(0.01)
+    gate.open()
+    server.idle()
+    assert served.engine.meters.tokens - tokens < SLOTS * 50
 
 
 def test_who_goes_away_within_a_body_leaves_nothing(server):
@@ -328,7 +337,7 @@ def test_who_goes_away_within_a_body_leaves_nothing(server):
         connection.sendall(head + b"content-length: 1000\r\n\r\n{")
         while not server.house.health()["replies"]:
             time.sleep(0.01)
-    server.idle(5)
+    server.idle()
 
 
 # Many at once
@@ -393,19 +402,18 @@ def test_requests_wait_for_slots(server, questions):
     np.testing.assert_allclose(values, [values[0]] * 4)
 
 
-def test_those_inside_are_told_when_the_server_stops(running):
+def test_those_inside_are_told_when_the_server_stops(running, gate):
     server = running(drain=0.5)
-    body = {"messages": [user("Hi")], "max_tokens": CONTEXT - 50, "temperature": 0, "n": SLOTS}
+    body = {"messages": [user("Hi")], "max_tokens": CONTEXT - 50, "temperature": 0}
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        long, short = (
-            threads.submit(post, server, json=body),
-            threads.submit(post, server, json={**body, "stream": True}),
-        )
-        while server.house.health()["replies"] < 2 * SLOTS:
+        gate.allow(1)
+        inside = [threads.submit(post, server, json={**body, "stream": stream}) for stream in (False, True)]
+        while server.house.health()["replies"] < 2:
             time.sleep(0.01)
-        threading.Thread(target=server.stop).start()
-        assert "the server is stopping" in error(long.result(), 503)
-        assert "the server is stopping" in short.result().text
+        server.server.end()
+        whole, stream = (reply.result() for reply in inside)
+    assert "the server is stopping" in error(whole, 503)
+    assert "the server is stopping" in stream.text
 
 
 def test_an_engine_that_fails_is_said(running, served, monkeypatch, capfd):
