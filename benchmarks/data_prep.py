@@ -194,7 +194,7 @@ def memory(folder: Path, sizes: list[int]) -> str:
 
 def memory_of(folder: Path, count: int, url: str) -> dict[str, int]:
     """Largest resident set in MB of each command on `count` small instructions."""
-    from data_prep.store import Run
+    from data_prep.run import Run
     from tests.data_prep.rated import fill
     from tests.data_prep.runs import picture, write_judge, write_pool
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.judge_client [--requests 600] [--image-kb 60] [--concurrency 8 32]
 
-The server (tests/data_prep/server.py) runs in a process of its own and reads every request whole. The bare client is
+The server (tests/endpoints/server.py) runs in a process of its own and reads every request whole. The bare client is
 what anyone would write first: `AsyncOpenAI().chat.completions.create` under a semaphore, keeping nothing. Ours does
 the same requests and writes each, durably, before it is sent and when its reply is in. Both are run in turns; the
 median of their ratios is what counts, since the machine's own mood is the same for both sides of a pair.
@@ -28,8 +28,8 @@ import openai
 from PIL import Image
 
 from data_prep.respond import respond
-from data_prep.stage import Options
-from data_prep.store import Instruction, Run
+from data_prep.run import Instruction, Run
+from silkie_jax.endpoints.stage import Options
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def picture(size: int, seed: int) -> bytes:
 @contextlib.contextmanager
 def serve(delay: float) -> Iterator[str]:
     """The scripted server in its own process; yields its URL."""
-    command = [sys.executable, "-m", "tests.data_prep.server", "--delay", str(delay)]
+    command = [sys.executable, "-m", "tests.endpoints.server", "--delay", str(delay)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         yield process.stdout.readline().strip()

@@ -325,12 +325,11 @@ def matmul_speed(width: int, device: str, dtype: "torch.dtype") -> float:
     left = torch.ones(turns.MATMUL[0], width, device=device, dtype=dtype)
     right = torch.ones(width, turns.MATMUL[1], device=device, dtype=dtype)
 
-    def product() -> None:
-        left @ right
+    def wait(_: list["torch.Tensor"]) -> None:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return turns.matmul_speed(product, width)
+    return turns.matmul_speed(lambda: left @ right, wait, width)
 
 
 def measure(options: dict[str, Any]) -> turns.Measured:

@@ -138,7 +138,7 @@ def matmul_speed(width: int, dtype: str) -> float:
 
     left, right = jnp.ones((turns.MATMUL[0], width), dtype), jnp.ones((width, turns.MATMUL[1]), dtype)
     product = jax.jit(partial(jnp.matmul, precision="highest" if dtype == "float32" else None))
-    return turns.matmul_speed(lambda: jax.block_until_ready(product(left, right)), width)
+    return turns.matmul_speed(lambda: product(left, right), jax.block_until_ready, width)
 
 
 def measure(options: dict[str, Any]) -> turns.Measured:

@@ -191,17 +191,30 @@ def device_of(found: dict[str, Measured | str]) -> str:
 
 
 MATMUL = (4096, 4096)  # rows and columns of the measured product; the inner dimension is the model's width
+_QUEUED = 16  # products at most that are begun before the first is waited for
+_LONG = 0.05  # seconds of work beside which starting it and waiting for it do not count
 
 
-def matmul_speed(product: Callable[[], Any], width: int) -> float:
-    """FLOP/s of `product`, which multiplies MATMUL[0] x width by width x MATMUL[1] and waits for the result."""
-    product()
-    seconds = []
-    for _ in range(7):
+def matmul_speed(product: Callable[[], Any], wait: Callable[[Any], object], width: int) -> float:
+    """FLOP/s of a product of MATMUL[0] x width by width x MATMUL[1].
+
+    An accelerator has done one in less time than it takes to ask for it and to hear that it is done, so that several
+    are queued and waited for together.
+
+    Args:
+        product: begins one and returns its result, finished or not.
+        wait: waits for a list of results.
+        width: the inner dimension.
+    """
+
+    def seconds(count: int) -> float:
         began = time.perf_counter()
-        product()
-        seconds.append(time.perf_counter() - began)
-    return 2 * MATMUL[0] * MATMUL[1] * width / statistics.median(seconds)
+        wait([product() for _ in range(count)])
+        return (time.perf_counter() - began) / count
+
+    seconds(1)  # compiles, or loads what it needs
+    count = min(_QUEUED, max(1, round(_LONG / seconds(1))))
+    return 2 * MATMUL[0] * MATMUL[1] * width / statistics.median(seconds(count) for _ in range(7))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

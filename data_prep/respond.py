@@ -4,25 +4,67 @@ import json
 import math
 import os
 import random
+from dataclasses import asdict, dataclass
 
-from data_prep import replies
-from data_prep.agents import Pool, check_same, load_pool, snapshot
-from data_prep.live import Request, Verdict
-from data_prep.messages import compose, image_tokens, text_bytes
-from data_prep.progress import planning
-from data_prep.replies import Reply
-from data_prep.stage import Options, Outcome, run_stage
-from data_prep.store import Instruction, Run, to_json
+from data_prep.run import RESPOND, Instruction, Run
+from silkie_jax.corpus.schema import MOST_RESPONSES
+from silkie_jax.endpoints import outcomes
+from silkie_jax.endpoints.agents import Agent, check_agent, check_same
+from silkie_jax.endpoints.attempts import Request, Verdict, new_request
+from silkie_jax.endpoints.journal import Statement
+from silkie_jax.endpoints.messages import compose, image_tokens
+from silkie_jax.endpoints.outcomes import EndpointReply
+from silkie_jax.endpoints.progress import planning
+from silkie_jax.endpoints.stage import Options, StageResult, run_stage
 from silkie_jax.errors import UserError
+from silkie_jax.yaml_files import load_yaml
 
-STAGE = "respond"
-_INSERT = (
-    "INSERT OR IGNORE INTO requests (stage, instruction, agent, slot, arrangement, body, text_bytes, image_tokens) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-)
+DRAWS = ("balanced", "random")
+_FREE = ("replace_failed",)  # may change within a run
 
 
-def respond(path: str | os.PathLike[str], pool_path: str | os.PathLike[str], options: Options | None = None) -> Outcome:
+@dataclass
+class Pool:
+    """The models that answer, and how they are drawn for an instruction."""
+
+    models: dict[str, Agent]
+    models_per_instruction: int = 4
+    draw: str = "balanced"  # every model equally often (by `weight`), or at random
+    replace_failed: bool = True  # a model that refuses at its endpoint or rejects the request makes room for another
+    seed: int = 0
+
+
+def load_pool(path: str | os.PathLike[str]) -> Pool:
+    """Reads and checks a pool.
+
+    Raises:
+        UserError: one line that names the file, the key and the mend.
+    """
+    pool = load_yaml(path, Pool)
+
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            raise UserError(f"{path}: {message}")
+
+    need(bool(pool.models), "models is empty: name at least one model")
+    need(all(map(str.strip, pool.models)), "models: a name is empty")
+    need(pool.draw in DRAWS, f"draw: {pool.draw!r} is unknown; choose one of {', '.join(DRAWS)}")
+    need(
+        1 <= pool.models_per_instruction <= len(pool.models),
+        f"models_per_instruction is {pool.models_per_instruction}, but there are {len(pool.models)} models",
+    )
+    need(
+        pool.models_per_instruction <= MOST_RESPONSES,
+        f"models_per_instruction is {pool.models_per_instruction}; training compares at most {MOST_RESPONSES}",
+    )
+    for name, agent in pool.models.items():
+        check_agent(agent, path, f"models.{name}.")
+    return pool
+
+
+def respond(
+    path: str | os.PathLike[str], pool_path: str | os.PathLike[str], options: Options | None = None
+) -> StageResult:
     """Asks the models of a pool; run the same call again to continue where one ended.
 
     Args:
@@ -37,9 +79,9 @@ def respond(path: str | os.PathLike[str], pool_path: str | os.PathLike[str], opt
     with Run.open(path, write=True) as run:
         if not run.count():
             raise UserError(f"the run {path} holds no instructions: add some with `silkie corpus instructions`")
-        config = snapshot(pool)
+        config = asdict(pool)  # it holds names of environment variables, never keys
         if before := run.settings("pool"):
-            check_same(before, config, "pool")
+            check_same(before, config, "pool", _FREE)
 
         def plan() -> None:
             if before and run.settings("responses planned") == run.count():
@@ -47,23 +89,22 @@ def respond(path: str | os.PathLike[str], pool_path: str | os.PathLike[str], opt
                 return
             run.save_settings("pool", config)
             deal = Deal(pool)
-            for instruction in planning(run.instructions(), run, options.progress):
+            for instruction in planning(run.instructions(), run.count(), options.progress):
                 drawn, spares = deal(instruction.id)
                 for slot, name in enumerate(drawn):
-                    run.db.execute(_INSERT, _values(run, pool, instruction, slot, [name, *spares[slot :: len(drawn)]]))
+                    run.db.execute(*_request(run, pool, instruction, slot, [name, *spares[slot :: len(drawn)]]))
             run.save_settings("responses planned", run.count())
 
-        def review(name: str, request: Request, reply: Reply, number: int) -> Verdict:
-            if reply.outcome in (replies.OK, replies.TRUNCATED):
+        def review(name: str, request: Request, reply: EndpointReply, number: int) -> Verdict:
+            if reply.outcome in (outcomes.OK, outcomes.TRUNCATED):
                 return Verdict(reply.outcome, "ok")
             spares = json.loads(request.arrangement or "[]") if pool.replace_failed else []
             if not spares:
                 return Verdict(reply.outcome, "failed")
-            instruction = next(run.instructions(request.instruction, request.instruction))
-            values = _values(run, pool, instruction, request.slot, spares)
-            return Verdict(reply.outcome, "failed", ((_INSERT, values),))
+            instruction = next(run.instructions(request.item, request.item))
+            return Verdict(reply.outcome, "failed", (_request(run, pool, instruction, request.slot, spares),))
 
-        return run_stage(run, STAGE, pool.models, plan, review, options)
+        return run_stage(run, RESPOND, pool.models, plan, review, options)
 
 
 class Deal:
@@ -101,12 +142,9 @@ class Deal:
         return drawn, wanted[pool.models_per_instruction :]
 
 
-def _values(run: Run, pool: Pool, instruction: Instruction, slot: int, names: list[str]) -> tuple[object, ...]:
+def _request(run: Run, pool: Pool, instruction: Instruction, slot: int, names: list[str]) -> Statement:
     """A request to the first of `names`; the others are kept with it, to step in."""
     agent = pool.models[names[0]]
     body = compose(agent, instruction.prompt, instruction.images, instruction.history)
-    sizes = [run.image_size(sha256) for sha256 in instruction.images]
-    return (
-        *(STAGE, instruction.number, names[0], slot, to_json(names[1:])),
-        *(to_json(body), text_bytes(body), image_tokens(agent, sizes)),
-    )
+    tokens = image_tokens(agent, [run.image_size(sha256) for sha256 in instruction.images])
+    return new_request(RESPOND, instruction.number, names[0], slot, names[1:], body, tokens)

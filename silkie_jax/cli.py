@@ -75,7 +75,8 @@ def make_parser() -> argparse.ArgumentParser:
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--jsonl", metavar="FILE", help="VLFeedback rows: JSONL or parquet")
     source.add_argument("--pairs", metavar="FILE", help="rows of image, prompt, chosen, rejected: JSONL or parquet")
-    p.add_argument("--images", metavar="DIR_OR_ZIP", help="where the images are; default: beside the rows")
+    p.add_argument("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="of --jsonl's ratings; default: 1 5")
+    p.add_argument("--images", metavar="PATH", help="the rows' images: a folder, zip or tar; default: beside the rows")
     p.add_argument("dst", help="the corpus folder to make, or to complete")
 
     add_corpus_verbs(partial(verb, corpus))
@@ -124,6 +125,27 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--system", help="the system message")
     p.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
     p.add_argument("--json", action="store_true", help='print {"response", "tokens"}')
+
+    p = verb(verbs, "serve", _serve, "Put a model behind the OpenAI protocol, on this machine.")
+    p.add_argument("model")
+    p.add_argument("--adapter", metavar="DIR", help="a PEFT folder")
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    p.add_argument("--name", help="what clients call the model; default: the folder's name")
+    p.add_argument("--host", default="127.0.0.1", help="the address to listen at")
+    p.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    p.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="another name of this machine")
+    p.add_argument("--api-key-env", metavar="NAME", help="environment variable with the key that clients must show")
+    p.add_argument("--slots", type=int, help="replies generated together; default: what memory has room for")
+    p.add_argument("--context", type=int, default=2048, help="tokens of a prompt and its reply")
+    p.add_argument("--queue", type=int, default=256, help="replies that may wait beyond those in slots")
+    p.add_argument("--timeout", type=float, default=600.0, help="seconds that a request may take, waiting included")
+    p.add_argument("--max-body", type=int, default=32, metavar="MIB", help="size of a request")
+    p.add_argument("--max-images", type=int, default=16, help="images of a request")
+    p.add_argument("--max-pixels", type=int, help="pixels of an image; default: about 89 million")
+    p.add_argument("--max-n", type=int, default=16, help="replies to one request")
+    p.add_argument("--top-logprobs", type=int, default=5, help="the most that a request may ask for")
+    p.add_argument("--mesh", default="", metavar="fsdp=N,...", help="sizes of data, fsdp and tensor; default: all data")
+    p.add_argument("--end-with-stdin", action="store_true", help="end when standard input does")
     return parser
 
 
@@ -161,11 +183,13 @@ def _export(args: argparse.Namespace) -> None:
 
 def _corpus_import(args: argparse.Namespace) -> None:
     if args.jsonl:
-        from data_prep.vlfeedback import import_vlfeedback
+        from data_prep.tables.vlfeedback import SCALE, import_vlfeedback
 
-        summary = import_vlfeedback(args.jsonl, args.images, args.dst)
+        summary = import_vlfeedback(args.jsonl, args.images, args.dst, scale=tuple(args.scale or SCALE))
+    elif args.scale:
+        raise UserError("--scale: pairs have no ratings; leave it out")
     else:
-        from data_prep.pairs import import_pairs
+        from data_prep.tables.given_pairs import import_pairs
 
         summary = import_pairs(args.pairs, args.images, args.dst)
     print(summary.table())
@@ -173,16 +197,20 @@ def _corpus_import(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     config = _join_hosts(args)
+    from silkie_jax.hardware.programs import kept_programs
     from silkie_jax.training.loop import train
 
-    print(f"finished: {train(config, profile=args.profile)}")
+    with kept_programs(Path(config.run_dir) / "compiled"):
+        print(f"finished: {train(config, profile=args.profile)}")
 
 
 def _reference(args: argparse.Namespace) -> None:
     config = _join_hosts(args)
+    from silkie_jax.hardware.programs import kept_programs
     from silkie_jax.scoring.reference import compute_reference
 
-    print(f"stored: {compute_reference(config)}")
+    with kept_programs(Path(config.run_dir) / "compiled"):
+        print(f"stored: {compute_reference(config)}")
 
 
 def _compile(args: argparse.Namespace) -> int:
@@ -198,17 +226,19 @@ def _compile(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> None:
+    from silkie_jax.hardware.programs import kept_programs, users_folder
     from silkie_jax.scoring.score import score
 
-    score(
-        args.model,
-        args.corpus,
-        Path(args.out),
-        adapter=args.adapter,
-        dtype=args.dtype,
-        batch_rows=args.batch_rows,
-        max_length=args.max_length,
-    )
+    with kept_programs(users_folder()):
+        score(
+            args.model,
+            args.corpus,
+            Path(args.out),
+            adapter=args.adapter,
+            dtype=args.dtype,
+            batch_rows=args.batch_rows,
+            max_length=args.max_length,
+        )
 
 
 def _chat(args: argparse.Namespace) -> None:
@@ -228,6 +258,23 @@ def _chat(args: argparse.Namespace) -> None:
         dtype=args.dtype,
     )
     print(json.dumps({"response": reply.text, "tokens": reply.tokens}, ensure_ascii=False) if args.json else reply.text)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from silkie_jax.image_limits import MAX_PIXELS
+    from silkie_jax.serving.limits import Limits
+    from silkie_jax.serving.serve import ServeOptions, read_mesh, serve
+
+    limits = Limits(
+        body=args.max_body * 2**20,
+        images=args.max_images,
+        pixels=MAX_PIXELS if args.max_pixels is None else args.max_pixels,
+        n=args.max_n,
+        seconds=args.timeout,
+    )
+    same = ("model", "adapter", "dtype", "name", "host", "port", "api_key_env", "slots", "context", "queue")
+    options = {name: getattr(args, name) for name in (*same, "top_logprobs", "end_with_stdin")}
+    serve(ServeOptions(**options, allow_hosts=args.allow_host, mesh=read_mesh(args.mesh), limits=limits))
 
 
 if __name__ == "__main__":

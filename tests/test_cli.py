@@ -13,12 +13,14 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from silkie_jax import cli
+from silkie_jax.checkpoints.peft import save_adapter
 from silkie_jax.checkpoints.weights import load_model
+from silkie_jax.nn.lora import linears
 from silkie_jax.scoring import score as scoring
 from tests.training.support import image_bytes, make_tiny, read_lines, record, write_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
-VERBS = ("convert", "export", "corpus", "train", "reference", "compile", "score", "chat")
+VERBS = ("convert", "export", "corpus", "train", "reference", "compile", "score", "chat", "serve")
 
 
 @pytest.fixture
@@ -137,6 +139,8 @@ def test_usage_errors(silkie, arguments):
         ("export {tmp}/full {tmp}/dst --adapter {tmp}", "{tmp}/full is a training run with results of its own"),
         ("corpus import --jsonl {tmp}/none.jsonl {tmp}/dst", "{tmp}/none.jsonl"),
         ("corpus import --pairs {tmp}/none.jsonl {tmp}/dst", "{tmp}/none.jsonl"),
+        ("corpus import --jsonl {tmp}/none.jsonl {tmp}/dst --scale 5 1", "--scale: low 5 must be below high 1"),
+        ("corpus import --pairs {tmp}/none.jsonl {tmp}/dst --scale 1 9", "--scale: pairs have no ratings"),
         ("train {tmp}/none.yaml", "{tmp}/none.yaml: no such config file"),
         ("train {config} bta=1", "unknown key bta; did you mean beta?"),
         ("train {config} steps", "'steps' is not an override; write key=value"),
@@ -155,7 +159,7 @@ def test_usage_errors(silkie, arguments):
         ("score {model} {corpus} --out {tmp}", "{tmp} is a folder; name a file to write"),
         ("score {model} {corpus} --out {tmp}/s.jsonl --batch-rows 0", "--batch-rows must be at least 1, not 0"),
         ("score {model} {corpus} --out {tmp}/s.jsonl --max-length 1", "--max-length must be at least 2, not 1"),
-        ("score {model} {corpus} --out {tmp}/foreign", "{tmp}/foreign.part is of another model, corpus or option"),
+        ("score {model} {corpus} --out {tmp}/foreign", "{tmp}/foreign.part was not begun by `silkie score`"),
         ("chat {tmp}/none --prompt Hi", "{tmp}/none"),
         ("chat {model} --prompt Hi --image {tmp}/none.png", "{tmp}/none.png: cannot read the image"),
         ("chat {model} --prompt Hi --image {tmp}/file", "{tmp}/file: not an image file of a known format"),
@@ -170,7 +174,9 @@ def test_a_mistake_is_one_line(silkie, model, corpus, config, tmp_path, argument
     (tmp_path / "foreign.part").write_text("something else\n")
     (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
     (tmp_path / "full" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "full" / "model").mkdir()
+    (tmp_path / "full" / "config.yaml").write_text(
+        yaml.safe_dump({"model": "m", "corpus": "c", "run_dir": "r", "lora": None})
+    )
     before = sorted(tmp_path.rglob("*"))
     names = {"tmp": tmp_path, "model": model, "corpus": corpus, "config": config}
     status, _, complaint = silkie(*arguments.format(**names).split())
@@ -285,6 +291,74 @@ def test_scoring_that_was_interrupted_goes_on(silkie, model, corpus, scores, tmp
     for line, other in zip(read_lines(out), read_lines(scores), strict=True):
         assert line["logp"] == pytest.approx(other["logp"], rel=1e-6)
         assert {**line, "logp": 0} == {**other, "logp": 0}
+
+
+@pytest.fixture(scope="module")
+def part(model, corpus, run, tmp_path_factory):
+    """FILE.part as an interrupted scoring with an adapter leaves it after the first record."""
+    out = tmp_path_factory.mktemp("part") / "s.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "_finish", lambda part, out: None)
+        scoring.score(model, corpus, out, adapter=run / "adapter")
+    lines = out.with_name("s.jsonl.part").read_text().splitlines(keepends=True)
+    return "".join(lines[: lines.index("{}\n") + 1])
+
+
+def other_adapter(model, adapter, folder):
+    policy = load_model(model, adapter=adapter)
+    for _, linear in linears(policy.language.layers):
+        if linear.lora_b is not None:
+            linear.lora_b[...] = linear.lora_b[...] * 2
+    save_adapter(policy, folder, base_model="base")
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ("weights", "other weights"),
+        ("adapter", "another adapter"),
+        ("no adapter", "another adapter"),
+        ("corpus", "another corpus"),
+        ("--dtype", "another --dtype"),
+        ("--max-length", "another --max-length"),
+    ],
+)
+def test_scoring_does_not_go_on_with_something_else(silkie, model, corpus, run, part, tmp_path, changed, named):
+    (tmp_path / "s.jsonl.part").write_text(part)
+    options = {"--out": tmp_path / "s.jsonl", "--adapter": run / "adapter"}
+    match changed:
+        case "weights":
+            model = make_tiny(tmp_path / "model", seed=1)
+        case "adapter":
+            other_adapter(model, run / "adapter", tmp_path / "adapter")
+            options["--adapter"] = tmp_path / "adapter"
+        case "no adapter":
+            del options["--adapter"]
+        case "corpus":
+            corpus = write_corpus(tmp_path / "corpus", [record(0)])
+        case _:
+            options[changed] = {"--dtype": "bfloat16", "--max-length": "100"}[changed]
+    status, _, complaint = silkie("score", model, corpus, *(word for option in options.items() for word in option))
+    assert status == 1
+    name = tmp_path / "s.jsonl.part"
+    assert complaint == f"silkie: {name} was begun with {named}; remove it to score anew\n"
+    assert name.read_text() == part
+
+
+@pytest.mark.parametrize("version", ["this", "an earlier one"])
+def test_scoring_goes_on_wherever_the_same_lies(silkie, model, corpus, run, part, tmp_path, version):
+    """An earlier version knew paths alone."""
+    header, *lines = part.splitlines()
+    out, adapter = tmp_path / "s.jsonl", run / "adapter"
+    if version == "this":
+        model, adapter = shutil.copytree(model, tmp_path / "model"), shutil.copytree(adapter, tmp_path / "adapter")
+    else:
+        about = {"model": str(model), "adapter": str(adapter), "corpus": json.loads(header)["corpus"]}
+        header = json.dumps(about | {"dtype": "float32", "max_length": 2048})
+    (tmp_path / "s.jsonl.part").write_text("\n".join([header, *lines, ""]))
+    assert silkie("score", model, corpus, "--out", out, "--adapter", adapter)[0] == 0
+    assert out.read_text().splitlines()[: len(lines) - 1] == lines[:-1]
+    assert len(read_lines(out)) == 12
 
 
 def test_rows_that_are_too_long_have_no_score_but_a_reason(silkie, model, corpus, tmp_path):

@@ -1,15 +1,18 @@
 """The documentation keeps up with the code: every command parses, every key is described, every file exists."""
 
 import dataclasses
+import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+import silkie_jax
 from silkie_jax.cli import make_parser
 from silkie_jax.corpus.pairs import RULES
 from silkie_jax.training.config import TrainConfig
+from tests.test_imports import ALLOWED, ROOMS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -31,7 +34,7 @@ def test_commands_parse(command):
 
 def test_there_are_commands_for_every_verb():
     verbs = {shlex.split(command)[1] for command in commands()}
-    assert verbs == {"convert", "corpus", "train", "reference", "compile", "score", "export", "chat"}
+    assert verbs == {"convert", "corpus", "train", "reference", "compile", "score", "export", "chat", "serve"}
 
 
 def keys(cls, prefix: str = "") -> set[str]:
@@ -83,6 +86,51 @@ def test_every_loss_and_pair_rule_is_described():
     text = (ROOT / "docs/train.md").read_text(encoding="utf-8")
     assert all(f"| `{name}` |" in text for name in LOSSES)
     assert all(re.search(rf"`{rule}`|name: {rule}", text) for rule in RULES)
+
+
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+
+
+def test_the_tree_is_what_is_there():
+    """Of both packages, every folder with code and every module of the top, with what it is for."""
+    shown, folders = set(), [ROOT]
+    for line in ARCHITECTURE.split("\n\n")[1].splitlines():
+        indent, name, about = re.fullmatch(r"( +)(\S+)(?: +(\S.*))?", line).groups()
+        folders[len(indent) // 2 - 1 :] = [folders[len(indent) // 2 - 2] / name]
+        shown.add(folders[-1].relative_to(ROOT).as_posix())
+        assert about or name == "silkie_jax/", f"{name} is not explained"
+    found = {"silkie_jax", "data_prep", "tests/reference"}
+    for package in ("silkie_jax", "data_prep"):
+        modules = {path.parent for path in (ROOT / package).rglob("*.py")} | set((ROOT / package).glob("*.py"))
+        found |= {path.relative_to(ROOT).as_posix() for path in modules if path.name != "__init__.py"}
+    assert shown == found - {"silkie_jax/models", "data_prep/judging/ratings"}
+
+
+def test_the_table_of_arrows_is_the_tested_one():
+    rows = re.findall(r"^\| `([\w.]+)` \| (.*)\|$", ARCHITECTURE, re.MULTILINE)
+    shown = {package: set(re.findall(r"`(\w+)`", names)) for package, names in rows}
+    rooms = {f"data_prep.{room}": below for room, below in ROOMS.items()}
+    assert shown == ALLOWED | rooms
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_names_in_the_text_are_there(page):
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"`([\w/]+\.py)`", text):
+        assert any((folder / name).is_file() for folder in (ROOT, ROOT / "silkie_jax", ROOT / "data_prep")), name
+    for module in re.findall(r"(?:python -m |`)(benchmarks\.\w+)", text):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+    for module, names in re.findall(r"^ +from ((?:silkie_jax|data_prep)[\w.]*) import (.+)$", text, re.MULTILINE):
+        for name in names.split(", "):
+            assert hasattr(importlib.import_module(module), name), f"{module} has no {name}"
+    for name in re.findall(r"\bsilkie_jax\.(\w+)\(", text):
+        assert hasattr(silkie_jax, name), name
+
+
+def test_every_benchmark_is_described():
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"common", "turns", "workload"}
+    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    assert {name for name in scripts if not re.search(rf"benchmarks[./]{name}\b", text)} == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -9,21 +9,33 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# Package -> the others of ours it may import, besides errors. Importing only for type checkers is free.
+# Package -> the others of ours it may import, besides the leaves. Importing only for type checkers is free.
+_LEAVES = {"errors", "locks", "durable"}
 _BELOW = {"corpus", "models", "nn", "hardware", "checkpoints"}
 ALLOWED = {
     "silkie_jax.nn": set(),
     "silkie_jax.corpus": set(),
-    "silkie_jax.models": {"nn"},
+    "silkie_jax.models": {"nn", "image_limits"},
     "silkie_jax.checkpoints": {"models", "nn"},
     "silkie_jax.hardware": {"nn"},
     "silkie_jax.preference": {"corpus", "models", "nn", "hardware"},
     "silkie_jax.scoring": {*_BELOW, "preference"},
     "silkie_jax.generation": {*_BELOW, "loading"},
-    "silkie_jax.serving": {*_BELOW, "loading", "generation", "scoring", "preference"},
-    "silkie_jax.training": {*_BELOW, "preference", "scoring", "generation"},
+    "silkie_jax.serving": {*_BELOW, "image_limits", "loading", "generation", "scoring", "preference"},
+    "silkie_jax.training": {*_BELOW, "yaml_files", "preference", "scoring", "generation"},
     "silkie_jax.forecast": {*_BELOW, "preference", "training"},
-    "data_prep": {"corpus"},
+    "silkie_jax.endpoints": {"yaml_files", "image_limits"},
+    "data_prep": {"corpus", "endpoints", "image_limits", "yaml_files"},
+}
+# The rooms of data_prep -> the others of it that each may import; `run` is what all of them fill and read.
+ROOMS = {
+    "run": set(),
+    "tables": set(),
+    "instructions": {"tables", "run"},
+    "respond": {"instructions", "tables", "run"},
+    "judging": {"instructions", "tables", "run"},
+    "corpora": {"judging", "instructions", "tables", "run"},
+    "cli": {"corpora", "judging", "respond", "instructions", "tables", "run"},
 }
 
 
@@ -44,10 +56,21 @@ def our_imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("package", ALLOWED)
 def test_arrows_point_one_way(package):
-    allowed = (f"{package}.", *(f"silkie_jax.{name}." for name in ALLOWED[package] | {"errors"}))
+    allowed = (f"{package}.", *(f"silkie_jax.{name}." for name in ALLOWED[package] | _LEAVES))
     for path in sorted((ROOT / package.replace(".", "/")).rglob("*.py")):
         for name in our_imports(path):
             assert f"{name}.".startswith(allowed), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_rooms_of_data_prep_make_no_circle():
+    for path in sorted((ROOT / "data_prep").rglob("*.py")):
+        room = path.relative_to(ROOT / "data_prep").parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        allowed = ROOMS[room] | {room}
+        for name in our_imports(path):
+            if name.startswith("data_prep."):
+                assert name.split(".")[1] in allowed, f"{path.relative_to(ROOT)} imports {name}"
 
 
 def imported(code: str) -> set[str]:
@@ -72,12 +95,22 @@ def test_model_objective_and_step_need_little():
     assert names & others == set()
 
 
+def test_only_serving_needs_a_server():
+    names = imported("import silkie_jax.cli, silkie_jax.generation.engine; silkie_jax.cli.make_parser()")
+    assert names & {"starlette", "uvicorn", "openai"} == set()
+
+
 @pytest.mark.parametrize(
     "code",
     [
         "import silkie_jax",
         "import silkie_jax.corpus",
-        "import data_prep.vlfeedback, data_prep.pairs",
+        """
+        import importlib, pkgutil, data_prep, silkie_jax.endpoints
+        for package in (data_prep, silkie_jax.endpoints):
+            for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+                importlib.import_module(module.name)
+        """,
         "import silkie_jax.cli; silkie_jax.cli.make_parser()",
     ],
 )

@@ -4,7 +4,7 @@ import json
 
 from PIL import Image
 
-from data_prep.vlfeedback import import_vlfeedback
+from data_prep.tables.vlfeedback import import_vlfeedback
 from examples.tiny_vlfeedback import EXIF_ORIENTATION, FILES, make_rows
 from silkie_jax.corpus import CorpusReader
 from silkie_jax.corpus.pairs import pairs

@@ -31,6 +31,7 @@ from silkie_jax.models.qwen_vl.names import (
 from silkie_jax.nn.lora import add_lora, linears, matches
 
 CONFIG = "adapter_config.json"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # Fields of adapter_config.json that change what an adapter computes, with the only values understood here.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
@@ -87,16 +88,11 @@ def open_adapter(folder: str | Path, tree: Mapping[str, Leaf]) -> Adapter:
       UserError: a feature that is not supported, or all tensors that do not fit, in one line.
     """
     folder = Path(folder)
-    config = _read_config(folder / CONFIG)
+    config, file, stored = read_adapter(folder)
     rank, alpha = config["r"], config["lora_alpha"]
     adapted = {leaf.target: leaf for leaf in tree.values() if leaf.adaptable}
     targets = _targets(folder / CONFIG, config["target_modules"], adapted, foreign_linears(tree))
-    files = [folder / "adapter_model.safetensors", folder / "adapter_model.bin"]
-    present = [f for f in files if f.is_file()]
-    if not present:
-        raise UserError(f"{folder}: holds neither {files[0].name} nor {files[1].name}")
-    listing = list_files(present[:1])
-    tensors = {plain_adapter_name(name): tensor for name, tensor in listing.tensors.items()}
+    tensors = {plain_adapter_name(name): tensor for name, tensor in stored.items()}
     expected = {}
     for target in targets:
         leaf = adapted[target]
@@ -104,16 +100,30 @@ def open_adapter(folder: str | Path, tree: Mapping[str, Leaf]) -> Adapter:
             a, b = adapter_names(leaf, layer)
             expected[a] = (rank, leaf.own[-1])
             expected[b] = (math.prod(leaf.own[:-1]), rank)
-    problems = list(listing.problems)
-    if not problems:
-        problems = misfits({name: tensor.shape for name, tensor in tensors.items()}, expected)
-        strange = [name for name, tensor in tensors.items() if tensor.dtype == OTHER]
-        if strange:
-            problems.append(f"not of a floating-point type: {shorten(strange)}")
+    problems = misfits({name: tensor.shape for name, tensor in tensors.items()}, expected)
+    strange = [name for name, tensor in tensors.items() if tensor.dtype == OTHER]
+    if strange:
+        problems.append(f"not of a floating-point type: {shorten(strange)}")
     if problems:
-        raise UserError(f"{present[0]}: {'; '.join(problems)}")
+        raise UserError(f"{file}: {'; '.join(problems)}")
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return Adapter(rank, alpha, scale, targets, {t: adapted[t] for t in targets}, tensors)
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], Path, dict[str, StoredTensor]]:
+    """The configuration, the file and its tensors (not read yet) of an adapter, whatever model it belongs to.
+
+    Raises:
+      UserError: either is missing, not whole, or has a feature that is not supported.
+    """
+    config = _read_config(folder / CONFIG)
+    present = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
+    if not present:
+        raise UserError(f"{folder}: holds neither {' nor '.join(_WEIGHTS)}")
+    listing = list_files(present[:1])
+    if listing.problems:
+        raise UserError(f"{present[0]}: {'; '.join(listing.problems)}")
+    return config, present[0], listing.tensors
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -233,7 +243,7 @@ def save_adapter(model: QwenVL, folder: str | Path, base_model: str) -> None:
     config = _peft_config(
         rank, some.lora_scale * rank, list(adapted), foreign_linears(leaves(model.config)), base_model
     )
-    with new_folder(folder, replace=CONFIG) as partial:
+    with new_folder(folder, replace=(CONFIG, *_WEIGHTS)) as partial:
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         kinds = ((name, values.dtype, values.shape) for name, values in tensors.items())
         (shard,) = plan_shards(kinds, limit=2**62, stem="adapter_model")

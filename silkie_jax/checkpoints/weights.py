@@ -15,6 +15,7 @@ from silkie_jax.checkpoints.folders import check_room, copy_side_files, new_fold
 from silkie_jax.checkpoints.peft import load_adapter
 from silkie_jax.checkpoints.sources import (
     MARKER,
+    WEIGHTS,
     Piece,
     Source,
     lay_out,
@@ -143,7 +144,7 @@ def save_model(model: QwenVL, dst: str | Path, like: str | Path, dtype: str | No
             pass
         return
     try:
-        with new_folder(dst, replace=MARKER) as folder:
+        with new_folder(dst, replace=(MARKER, WEIGHTS)) as folder:
             check_room(folder, sum(nbytes(dtypes[path], leaf.shape) for path, leaf in tree.items()))
             copy_side_files(Path(like), folder)
             write = lay_out(folder, tree, dtypes)

@@ -99,7 +99,7 @@ def model_as_best(record: Record, model: str = "GPT-4V") -> Pairs:
 
     Names are compared by letters and digits alone: "gpt-4v", "GPT-4V" and "gpt4v" are one model.
     """
-    is_best = [_plain(response.model) == _plain(model) for response in record.responses]
+    is_best = [plain_name(response.model) == plain_name(model) for response in record.responses]
     chosen = [index for index, best in enumerate(is_best) if best]
     rejected = [index for index, best in enumerate(is_best) if not best]
     return list(itertools.product(chosen, rejected))
@@ -153,7 +153,8 @@ def _all_pairs(scores: Sequence[float]) -> Pairs:
 
 
 @functools.lru_cache(256)
-def _plain(model: str) -> str:
+def plain_name(model: str) -> str:
+    """A model's name by its letters and digits alone: what names are compared by."""
     return "".join(character for character in model.casefold() if character.isalnum())
 
 

@@ -17,6 +17,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+MOST_RESPONSES = 63
+"""Responses of a record that one row of tokens can compare."""
+
 
 @dataclass(frozen=True)
 class Response:

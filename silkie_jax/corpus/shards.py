@@ -13,11 +13,11 @@ each finished shard. A build killed at any moment is run again: shards whose ent
 everything else is removed and redone.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from silkie_jax.corpus import schema
+from silkie_jax.durable import sync
 from silkie_jax.errors import UserError
+from silkie_jax.locks import lock
 
 FORMAT = 1  # raised when a corpus written before can no longer be read
 MANIFEST = "corpus.json"
@@ -100,16 +102,8 @@ class CorpusBuilder:
         if self.folder.exists() and not self._state.exists() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} is not empty and holds no unfinished corpus: choose a new folder")
         self._state.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self._state / "lock", "w")
-        try:
-            fcntl.flock(
-                self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # the kernel frees it when the process dies, however it dies
-        except OSError:
-            self._lock.close()
-            raise UserError(
-                f"{self.folder} is being written by another process: wait for it or choose another folder"
-            ) from None
+        busy = f"{self.folder} is being written by another process: wait for it or choose another folder"
+        self._lock = lock(self._state / "lock", busy)
         self._remove_leftovers()
         return self
 
@@ -168,7 +162,7 @@ class CorpusBuilder:
                 index.append(index_line(record, data))
                 yield data
 
-        shard = _write_array_record(path, self._state / f"{path.name}.tmp", encoded())
+        shard = _write_array_record(path, self._state, encoded())
         entry = Entry(key if isinstance(key, str) else key(), shard, index, notes)
         write_file(self._entry_path(number), [json.dumps(asdict(entry), ensure_ascii=False)], temporary_in=self._state)
         return entry
@@ -237,13 +231,9 @@ def fingerprint(record_sha256: Iterable[str]) -> str:
 
 def write_file(path: Path, pieces: Iterable[str], temporary_in: Path) -> None:
     """Writes a text file so that `path` is either absent or whole, also after a power cut."""
-    temporary = temporary_in / f"{path.name}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
+    with _published(path, temporary_in) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for piece in pieces:
             file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    _publish(temporary, path)
 
 
 def _index_text(entries: list[Entry]) -> Iterator[str]:
@@ -252,29 +242,26 @@ def _index_text(entries: list[Entry]) -> Iterator[str]:
             yield json.dumps(line, ensure_ascii=False) + "\n"
 
 
-def _write_array_record(path: Path, temporary: Path, records: Iterable[bytes]) -> Shard:
+def _write_array_record(path: Path, temporary_in: Path, records: Iterable[bytes]) -> Shard:
     from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-    count = 0
-    writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
-    try:
-        for data in records:
+    with _published(path, temporary_in) as temporary:
+        count = 0
+        writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+        try:
+            for data in records:
+                with _named_errors(path):
+                    writer.write(data)
+                count += 1
+        finally:
             with _named_errors(path):
-                writer.write(data)
-            count += 1
-    finally:
-        with _named_errors(path):
-            writer.close()
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    reader = ArrayRecordReader(str(temporary))
-    written = reader.num_records()
-    reader.close()
-    if written != count:
-        raise UserError(f"{path}: {count} records were written but only {written} can be read: is the disk full?")
-    shard = Shard(path.name, count, temporary.stat().st_size, _sha256(temporary))
-    _publish(temporary, path)
-    return shard
+                writer.close()
+        reader = ArrayRecordReader(str(temporary))
+        written = reader.num_records()
+        reader.close()
+        if written != count:
+            raise UserError(f"{path}: {count} records were written but only {written} can be read: is the disk full?")
+        return Shard(path.name, count, temporary.stat().st_size, _sha256(temporary))
 
 
 @contextmanager
@@ -286,14 +273,20 @@ def _named_errors(path: Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be written ({' '.join(str(error).split())})") from error
 
 
-def _publish(temporary: Path, path: Path) -> None:
-    """Renames a synced file into place and makes the rename itself durable."""
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+@contextmanager
+def _published(path: Path, temporary_in: Path) -> Iterator[Path]:
+    """A file to write, which is renamed to `path` when the block ends well, so that it lasts, and removed otherwise.
+
+    Its name is its own: a cluster may give one shard to two workers.
+    """
+    temporary = temporary_in / f"{path.name}.{secrets.token_hex(8)}.tmp"
     try:
-        os.fsync(folder)
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
     finally:
-        os.close(folder)
+        temporary.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:

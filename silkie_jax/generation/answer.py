@@ -1,15 +1,12 @@
 """Answering: a model, images and a question in, a reply out."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from silkie_jax.errors import UserError
-from silkie_jax.generation.generate import generate
+from silkie_jax.generation.defaults import read_defaults
+from silkie_jax.generation.engine import Engine
+from silkie_jax.generation.requests import Request
 from silkie_jax.loading import load
 from silkie_jax.models.qwen_vl.chat import SYSTEM, chat_prompt, decode_reply
 from silkie_jax.models.qwen_vl.image import read_image
@@ -45,35 +42,23 @@ def answer(
     Raises:
       UserError: a file or an option that is not sound.
     """
-    defaults = _generation_config(Path(model_path))
+    defaults = read_defaults(model_path)
     if max_new_tokens is None:
-        max_new_tokens = int(defaults.get("max_new_tokens", 512))
+        max_new_tokens = defaults.max_new_tokens
     model, tokenizer = load(model_path, dtype=dtype, adapter=adapter)
     size = model.config.visual.image_size
-    pixels = np.stack([read_image(path, size) for path in images]) if images else None
+    pixels = [read_image(path, size) for path in images]
     ids = chat_prompt(tokenizer, prompt, len(images), system=SYSTEM if system is None else system).tokens
     stop = (tokenizer.im_end, tokenizer.im_start)
-    out = generate(
-        model,
-        np.asarray([ids]),
+    request = Request(
+        ids,
         pixels,
         max_new_tokens,
         temperature=0.0 if greedy else temperature,
-        top_p=float(defaults.get("top_p", 0.5)) if top_p is None else top_p,
+        top_p=defaults.top_p if top_p is None else top_p,
         stop=stop,
         seed=seed,
     )
-    tokens = np.asarray(out)[0].tolist()
-    endings = (*stop, tokenizer.end_of_text)
-    length = next((i + 1 for i, token in enumerate(tokens) if token in endings), len(tokens))
-    return Reply(decode_reply(tokenizer, tokens), tokens[:length])
-
-
-def _generation_config(folder: Path) -> dict[str, Any]:
-    path = folder / "generation_config.json"
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not readable as JSON ({e})") from None
+    engine = Engine(model, slots=1, context=len(ids) + max(max_new_tokens, 1), images=len(images), own=True)
+    ((_, completion),) = engine.run([request])
+    return Reply(decode_reply(tokenizer, completion.tokens), completion.tokens)

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Int, UInt8
 
 from silkie_jax.errors import UserError
-from silkie_jax.models.qwen_vl.language import Cache, ntk_alpha, rotation
+from silkie_jax.generation.requests import check_sampling, stop_sequences
+from silkie_jax.generation.sampling import sample
+from silkie_jax.models.qwen_vl.language import Cache, frequencies, ntk_alpha, rotation
 from silkie_jax.models.qwen_vl.model import QwenVL, check_inputs, check_spans
 from silkie_jax.nn.attention import PADDING, PROMPT, branch_mask
 
@@ -42,14 +44,7 @@ def generate(
     Raises:
       UserError: options out of range, an empty prompt, or images that do not fit the tokens.
     """
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature must be 0 (greedy) or more, not {temperature}")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p must be in (0, 1], not {top_p}")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed must be in [0, 2**32), not {seed}")
+    check_sampling(max_new_tokens, temperature, top_p, seed)
     checked, images, mask = check_inputs(model.config, tokens, images, mask)
     valid = np.ones(checked.shape, bool) if mask is None else np.asarray(mask)
     if not valid.any(1).all():
@@ -67,19 +62,9 @@ def generate(
         jnp.float32(top_p),
         jax.random.key(seed),
         max_new_tokens=int(max_new_tokens),
-        stops=_stop_sequences(stop),
+        stops=stop_sequences(stop),
         greedy=temperature == 0,
     )
-
-
-def _stop_sequences(stop: int | Iterable[int | Sequence[int]]) -> StopSequences:
-    """Single ids and sequences of ids, all as tuples."""
-    entries = stop if isinstance(stop, Iterable) else [stop]
-    sequences = [np.atleast_1d(np.asarray(entry)) for entry in entries]
-    for sequence in sequences:
-        if sequence.size and (sequence.ndim > 1 or not np.issubdtype(sequence.dtype, np.integer)):
-            raise UserError(f"stop must hold ids or sequences of ids, not {sequence.tolist()}")
-    return tuple(tuple(sequence.tolist()) for sequence in sequences if sequence.size)
 
 
 def _pad_left(ids: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -107,12 +92,12 @@ def _generate(
     config = model.config
     batch, prompt = tokens.shape
     size = prompt + max_new_tokens
-    alpha = ntk_alpha(config, prompt)  # kept for all later steps
+    turns = frequencies(config, ntk_alpha(config, prompt))  # kept for all later steps
     # Which slots of the cache may be seen: the prompt's tokens, then everything generated so far.
     seen = jnp.concatenate([valid, jnp.ones((batch, max_new_tokens), bool)], axis=1)
 
     def forward(x: jax.Array, positions: jax.Array, mask: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        hidden, cache = model.language.cached(x, rotation(config, positions, alpha, train=False), mask, cache)
+        hidden, cache = model.language.cached(x, rotation(config, positions, turns, train=False), mask, cache)
         return model.language.logits(hidden[:, -1]), cache
 
     def choose(logits: jax.Array, step: jax.Array) -> jax.Array:
@@ -147,19 +132,6 @@ def _generate(
     out = jnp.full((batch, max_new_tokens), config.end_of_text, jnp.int32)
     out, done = emit(out, jnp.zeros(batch, bool), choose(logits, first), first)
     return jax.lax.while_loop(more, decode, (out, done, first + 1, cache))[0]
-
-
-def sample(
-    logits: Float[Array, "B V"], temperature: Float[Array, ""], top_p: Float[Array, ""], key: jax.Array
-) -> Int[Array, "B"]:
-    """Draws from the smallest set of most probable ids whose probability reaches `top_p` (always at least one)."""
-    logits = (logits - logits.max(-1, keepdims=True)) / temperature
-    descending = jnp.sort(logits, axis=-1, descending=True)
-    probabilities = jax.nn.softmax(descending, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of the ids ranked above
-    kept = ((before < top_p) | (top_p >= 1)).sum(-1, keepdims=True)
-    threshold = jnp.take_along_axis(descending, jnp.maximum(kept, 1) - 1, axis=-1)
-    return jax.random.categorical(key, jnp.where(logits >= threshold, logits, -jnp.inf))
 
 
 def ends_with(out: Int[Array, "B M"], step: Int[Array, ""], stops: StopSequences) -> Bool[Array, "B"]:

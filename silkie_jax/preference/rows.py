@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int, Int32
 
+from silkie_jax.corpus.schema import MOST_RESPONSES
 from silkie_jax.errors import UserError
 from silkie_jax.models.qwen_vl import chat
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
@@ -105,6 +106,8 @@ def make_row(
     number = {index: k for k, index in enumerate(responses)}
     if not responses or len(number) != len(responses):
         raise ValueError(f"record {record.id}: a row needs one or more different responses, not {list(responses)}")
+    if len(number) > MOST_RESPONSES:
+        raise UserError(f"record {record.id!r} has {len(number)} responses to compare; a row holds {MOST_RESPONSES}")
 
     messages = _prompt_messages(tokenizer, record, specials)
     prompt = [token for message in messages for token in message.tokens]

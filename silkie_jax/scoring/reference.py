@@ -1,16 +1,12 @@
 """`silkie reference`: the reference's log-probability of every response, stored beside the corpus."""
 
-import hashlib
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.experimental import multihost_utils
-from jaxtyping import Array, UInt
 from tqdm import tqdm
 
 from silkie_jax.checkpoints.weights import load_model
@@ -20,8 +16,8 @@ from silkie_jax.hardware.kernel import sound_kernel
 from silkie_jax.hardware.mesh import make_mesh, sharding_of
 from silkie_jax.models.qwen_vl.model import QwenVL
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
-from silkie_jax.nn.lora import linears
 from silkie_jax.preference.rows import ROW_FORM
+from silkie_jax.scoring.fingerprints import adapter_fingerprint, weights_fingerprint
 from silkie_jax.scoring.scorer import Scorer
 from silkie_jax.scoring.store import Identity, ReferenceStore
 
@@ -93,7 +89,7 @@ def compute_reference(config: Settings) -> Path:
 
 def identity(config: Settings, model: QwenVL, tokenizer: Tokenizer, corpus: CorpusReader) -> Identity:
     """What the reference's log-probabilities depend on; a new adapter of `model` does not count."""
-    adapter = {"adapter": adapter_fingerprint(model)} if config.adapter else {}
+    adapter = {"adapter": adapter_fingerprint(model) or ""} if config.adapter else {}
     return adapter | {
         "weights": weights_fingerprint(model, jnp.dtype(config.dtype)),
         "dtype": config.dtype,
@@ -101,41 +97,3 @@ def identity(config: Settings, model: QwenVL, tokenizer: Tokenizer, corpus: Corp
         "rows": f"{ROW_FORM}, max_length {config.max_length}, max_prompt_length {config.max_prompt_length}",
         "corpus": corpus.fingerprint,
     }
-
-
-def weights_fingerprint(model: QwenVL, dtype: jnp.dtype) -> str:
-    """A hash of the base weights as they are computed with, from two checksums of each made on the devices.
-
-    It takes one pass over memory, and is the same however the weights are stored or sharded. It tells checkpoints
-    apart; it is no defence against somebody who forges one.
-    """
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return _digest(((path, x) for path, x in flat if not isinstance(x, nnx.LoRAParam)), dtype)
-
-
-def adapter_fingerprint(model: QwenVL) -> str:
-    """The same of the adapter's factors, and of what they are scaled by."""
-    scales = {name: linear.lora_scale for name, linear in linears(model.language.layers) if linear.lora_a is not None}
-    factors = _digest(nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)), jnp.dtype("float32"))
-    return hashlib.sha256(f"{factors} {sorted(scales.items())}".encode()).hexdigest()
-
-
-def _digest(variables: Iterable[tuple[tuple, nnx.Variable]], dtype: jnp.dtype) -> str:
-    digest = hashlib.sha256()
-    for path, variable in sorted(variables, key=lambda item: item[0]):
-        sums = [int(x) for x in _checksums(variable[...], dtype)]
-        digest.update(f"{'.'.join(map(str, path))} {variable.shape} {sums}\n".encode())
-    return digest.hexdigest()
-
-
-@partial(jax.jit, static_argnums=1)
-def _checksums(x: Array, dtype: jnp.dtype) -> tuple[UInt[Array, ""], UInt[Array, ""]]:
-    """Sums, modulo 2^32, of every element's bits mixed with its place."""
-    bits = jax.lax.bitcast_convert_type(x.astype(dtype), {2: jnp.uint16, 4: jnp.uint32}[dtype.itemsize])
-    place = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    mixed = bits.astype(jnp.uint32) ^ (place * jnp.uint32(0x9E3779B1))
-    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
-    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
-    return mixed.sum(dtype=jnp.uint32), (mixed ^ (mixed >> 16)).sum(dtype=jnp.uint32)

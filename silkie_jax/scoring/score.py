@@ -16,7 +16,11 @@ from silkie_jax.hardware.kernel import sound_kernel
 from silkie_jax.hardware.mesh import make_mesh, sharding_of
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.preference.rows import Row, RowTooLong
+from silkie_jax.scoring.fingerprints import adapter_fingerprint, weights_fingerprint
 from silkie_jax.scoring.scorer import Scored, Scorer
+
+About = dict[str, Any]
+"""What a file of scores rests on: options, and fingerprints of corpus, tokenizer, weights and adapter."""
 
 
 def score(
@@ -32,10 +36,10 @@ def score(
     """Writes one JSON line a response, in corpus order: id, response (its index), logp (summed), tokens (labels).
 
     A record whose images leave no room for its responses has logp null and an `error`. What is done is kept in
-    FILE.part; the same command continues there.
+    FILE.part; the same command continues there, wherever model, adapter and corpus lie by then.
 
     Raises:
-      UserError: a folder or file is not sound, or FILE.part belongs to another scoring.
+      UserError: a folder or file is not sound, or FILE.part was begun with something else.
     """
     if batch_rows < 1:
         raise UserError(f"--batch-rows must be at least 1, not {batch_rows}")
@@ -43,14 +47,17 @@ def score(
         raise UserError(f"--max-length must be at least 2, not {max_length}")
     if out.is_dir():
         raise UserError(f"{out} is a folder; name a file to write")
-    corpus = CorpusReader(corpus_path)
-    about: dict[str, Any] = {"model": str(model_path), "adapter": str(adapter or ""), "corpus": corpus.fingerprint}
-    about |= {"dtype": dtype, "max_length": max_length}
+    corpus, tokenizer = CorpusReader(corpus_path), Tokenizer.from_folder(model_path)
+    paths = {"model": str(model_path), "adapter": str(adapter or "")}
+    about: About = {"dtype": dtype, "max_length": max_length}
+    about |= {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
     part = out.with_name(out.name + ".part")
-    done = _records_done(part, about)
+    _check_same(part, about, paths)  # what is wrong is said before gigabytes are read
     mesh = make_mesh()
-    tokenizer = Tokenizer.from_folder(model_path)
     model = load_model(model_path, dtype=dtype, adapter=adapter, sharding_of=partial(sharding_of, mesh))
+    about |= {"weights": weights_fingerprint(model), "adapter": adapter_fingerprint(model)}
+    _check_same(part, about, paths)
+    done = _records_done(part)
     kernel = sound_kernel("auto", dtype, mesh)
     scorer = Scorer(model, tokenizer, mesh, batch_rows=batch_rows, max_length=max_length, kernel=kernel)
     cut = left_out = 0
@@ -88,20 +95,53 @@ def _lines(record: Record, scored: Scored) -> Iterator[dict[str, Any]]:
             yield {"id": record.id, "response": i, "logp": None, "tokens": 0, "error": str(scored.row)}
 
 
-def _records_done(part: Path, about: dict[str, Any]) -> int:
-    """How many records FILE.part holds whole; what follows them is cut off."""
+def _check_same(part: Path, now: About, paths: dict[str, str]) -> None:
+    """Refuses a FILE.part that was begun with something else, and says with what."""
+    before = _begun(part)
+    if before is None:
+        return
+    if "model" in before:  # by an earlier version, which knew model and adapter by their paths
+        now = {name: now[name] for name in ("corpus", "dtype", "max_length")} | paths
+    different = [_NAMES[name] for name, value in now.items() if before.get(name) != value]
+    if different:
+        raise UserError(f"{part} was begun with {' and '.join(different)}; remove it to score anew")
+
+
+_NAMES = {
+    "corpus": "another corpus",
+    "tokenizer": "another tokenizer",
+    "model": "another model",
+    "weights": "other weights",
+    "adapter": "another adapter",
+    "dtype": "another --dtype",
+    "max_length": "another --max-length",
+}
+
+
+def _begun(part: Path) -> About | None:
+    """What FILE.part was begun with; None where there is none, or where it was cut off before it said so."""
     if not part.parent.is_dir():
         raise UserError(f"{part.parent}: no such folder to write {part.stem} in")
     if not part.exists():
-        return 0
+        return None
     with part.open("r+b") as file:
         header = file.readline()
         if not header.endswith(b"\n"):
             file.truncate(0)
-            return 0
-        if header.decode("utf-8", "replace") != json.dumps(about) + "\n":
-            raise UserError(f"{part} is of another model, corpus or option; remove it to score anew")
-        done, position, kept = 0, len(header), len(header)
+            return None
+    try:
+        return dict(json.loads(header))
+    except (ValueError, TypeError):
+        raise UserError(f"{part} was not begun by `silkie score`; remove it, or name another file") from None
+
+
+def _records_done(part: Path) -> int:
+    """How many records FILE.part holds whole; what follows them is cut off."""
+    if not part.exists():
+        return 0
+    with part.open("r+b") as file:
+        done, position = 0, len(file.readline())
+        kept = position
         for line in file:
             position += len(line)
             if line == f"{_END}\n".encode():

@@ -72,7 +72,7 @@ class Scorer:
         """Scores records; rows of like length go through the model together."""
         import grain
 
-        rows = [self._row(record) for record in records]
+        rows = [self.row(record) for record in records]
         laid_out = {i: row for i, row in enumerate(rows) if isinstance(row, Row)}
         order = sorted(laid_out, key=lambda i: -len(laid_out[i].tokens))
         chunks: list[list[int]] = []
@@ -88,7 +88,8 @@ class Scorer:
                 logps[i] = found[: len(logps[i])]
         return [Scored(row, values) for row, values in zip(rows, logps, strict=True)]
 
-    def _row(self, record: Record) -> Row | RowTooLong | None:
+    def row(self, record: Record) -> Row | RowTooLong | None:
+        """The row of all responses of a record, or why there is none."""
         if not record.responses:
             return None
         try:

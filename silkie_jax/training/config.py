@@ -146,6 +146,7 @@ def _check(config: TrainConfig, where: str) -> None:
         value = getattr(config, key)
         need(value is None or value >= 1, f"{key} must be at least 1, or null, not {value}")
     need(config.batch_pairs is None or config.objective == "dpo", "batch_pairs has no meaning in objective sft")
+    need(0 <= config.seed < 2**32, f"seed must be in [0, 2**32), not {config.seed}")
     need(config.workers >= 1, f"workers must be at least 1, not {config.workers}")
     need(config.epochs is None or config.steps is None, "epochs and steps are both set; keep one")
     need(config.epochs is None or config.epochs > 0, f"epochs must be positive, not {config.epochs}")

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import jax
 
-from silkie_jax.checkpoints.peft import save_adapter
-from silkie_jax.checkpoints.weights import save_model
 from silkie_jax.corpus import CorpusReader
 from silkie_jax.errors import UserError
 from silkie_jax.hardware.distributed import StopRequest, as_the_first_host, together
@@ -22,6 +20,8 @@ from silkie_jax.training.config_file import check_same_run, save_config
 from silkie_jax.training.data import Data, open_data
 from silkie_jax.training.meters import Meters
 from silkie_jax.training.metrics import MetricsWriter, check_wandb
+from silkie_jax.training.result import is_finished, save_result
+from silkie_jax.training.run_file import RUN_FILE, check_contents, loaded_contents, read_contents, save_contents
 from silkie_jax.training.start import Start
 from silkie_jax.training.trainer import Program, Trainer, load_policy, with_adapter_form
 
@@ -29,9 +29,9 @@ from silkie_jax.training.trainer import Program, Trainer, load_policy, with_adap
 def train(config: TrainConfig, profile: int = 0) -> Path:
     """Runs or continues a training run and returns its folder.
 
-    The folder holds config.yaml, metrics.jsonl, checkpoints/, tensorboard/, skipped.jsonl (records that were cut or
-    left out, and why) and at the end adapter/ (LoRA) and model/ (where base weights were trained). With `profile` an
-    XLA trace of so many steps goes to profile/.
+    The folder holds config.yaml, run.json (what the run is known by), metrics.jsonl, checkpoints/, tensorboard/,
+    skipped.jsonl (records that were cut or left out, and why) and at the end adapter/ (LoRA) and model/ (where base
+    weights were trained). With `profile` an XLA trace of so many steps goes to profile/.
 
     Raises:
       UserError: what is wrong with the configuration, the model, the corpus or the folder.
@@ -42,14 +42,20 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
     with together():
         check_wandb(config.wandb)
         config = with_adapter_form(config)
-        began = check_same_run(config, run / "config.yaml") if (run / "config.yaml").exists() else None
+        known = (run / RUN_FILE).exists()
+        began = check_same_run(config, run / "config.yaml", may_move=known) if (run / "config.yaml").exists() else None
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     kernel = sound_kernel(config.attention, config.dtype, mesh, began.attention if began else None, say)
     config = dataclasses.replace(config, attention=kernel.name)
     with together():  # what is wrong with the data is said before gigabytes are read
         corpus, tokenizer = CorpusReader(config.corpus), Tokenizer.from_folder(config.model)
+        contents = read_contents(corpus, tokenizer)
+        check_contents(run, config, contents)
         data = open_data(config, mesh, corpus, tokenizer)
     policy = load_policy(config, mesh)
+    contents |= loaded_contents(config, policy)
+    with together():
+        check_contents(run, config, contents)
     depends = identity(config, policy, tokenizer, corpus) if config.reference == "precomputed" else None
     steps = config.steps or data.train.grid.plan.steps_of(config.epochs or 1)
     program = Program(config, policy.config, mesh, steps, policy)
@@ -57,7 +63,7 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
     del policy
     checkpoints = Checkpoints(run / "checkpoints", config.keep_checkpoints)
     done = as_the_first_host(checkpoints.latest or 0)
-    if as_the_first_host(done == steps and all(path.is_dir() for path in results(config, run))):
+    if as_the_first_host(done == steps and is_finished(config, run)):
         checkpoints.close()
         say(f"all {steps} steps of this run were done before; nothing is left to do")
         return run
@@ -72,6 +78,7 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
     with together():
         if main:
             save_config(config, run / "config.yaml")
+            save_contents(run, contents)
             data.skipped.write(run / "skipped.jsonl")
             print(describe(trainer, data, done), flush=True)
         metrics = MetricsWriter(run, done, steps, wandb=config.wandb, active=main)
@@ -247,24 +254,6 @@ def evaluate(trainer: Trainer, source: BatchSource, stop: StopRequest) -> dict[s
         if stop.asked() and number < count:
             return None
     return {f"eval_{name}": value / max(weight, 1) for name, value in sums.items()}
-
-
-def results(config: TrainConfig, run: Path) -> list[Path]:
-    """What a finished run holds: model/ where weights of the base were trained, adapter/ where there is one."""
-    whole = not config.lora or config.train_vision != "none"
-    return [run / "model"] * whole + [run / "adapter"] * (config.lora is not None)
-
-
-def save_result(trainer: Trainer, run: Path) -> None:
-    """Writes `results`."""
-    config, model = trainer.program.config, trainer.model()
-    base = config.model
-    for folder in results(config, run):
-        if folder.name == "model":
-            save_model(model, folder, like=config.model, dtype=config.dtype)
-            base = str(folder)
-        else:
-            save_adapter(model, folder, base_model=base)
 
 
 def describe(trainer: Trainer, data: Data, done: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from silkie_jax.errors import UserError
+from silkie_jax.training.run_file import run_id
 
 _SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "pairs_per_second", "eval_loss")
 
@@ -116,5 +117,6 @@ def check_wandb(project: str | None) -> None:
 def _start_wandb(project: str, run_dir: Path) -> Any:
     import wandb
 
-    # One id for a run folder, so that a run that was interrupted continues its curves.
-    return wandb.init(project=project, id=run_dir.absolute().name, dir=str(run_dir), resume="allow")
+    # A run that was interrupted continues its curves, and runs whose folders have one name do not meet.
+    name = run_dir.absolute().name
+    return wandb.init(project=project, id=run_id(run_dir), name=name, dir=str(run_dir), resume="allow")

@@ -38,6 +38,36 @@ def test_a_process_is_stopped_at_its_limit():
     assert turns.run_in_turns([variant("long")], 1, limits(limit=0.01))["long"].startswith("stopped after")
 
 
+class Accelerator:
+    """A clock for a device that works through what is queued while the host goes on."""
+
+    def __init__(self, dispatch: float, work: float, answer: float):
+        self.dispatch, self.work, self.answer = dispatch, work, answer
+        self.now = self.done = 0.0
+        self.products = 0
+
+    def product(self) -> None:
+        self.products += 1
+        self.now += self.dispatch
+        self.done = max(self.done, self.now) + self.work
+
+    def wait(self, results: list[None]) -> None:
+        self.now = max(self.now, self.done) + self.answer
+
+
+@pytest.mark.parametrize(
+    ("work", "products"),
+    [(186e-6, 2 + 7 * 16), (0.2, 2 + 7)],
+    ids=["of an accelerator, shorter than its dispatch", "of a processor"],
+)
+def test_the_matrix_product_is_measured_and_not_its_dispatch(monkeypatch, work, products):
+    device = Accelerator(dispatch=100e-6, work=work, answer=100e-6)
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: device.now)
+    speed = turns.matmul_speed(device.product, device.wait, 4096)
+    assert speed == pytest.approx(2 * 4096**3 / work, rel=0.07)
+    assert device.products == products  # a processor is not kept busy for longer than before
+
+
 @pytest.mark.parametrize(
     ("status", "stderr", "reason"),
     [(-9, "", "out of memory"), (1, "", "ended with status 1"), (1, "Traceback\nKeyError: 'x'\n", "KeyError: 'x'")],

@@ -34,7 +34,7 @@ def test_pairs_keep_the_order_of_combinations():
 def test_mean_rating_matches_the_original_on_every_golden_row(golden):
     import json
 
-    from data_prep.vlfeedback import parse_row
+    from data_prep.tables.vlfeedback import parse_row
 
     cases = json.loads((golden / "pairing.json").read_text())
     found = []

@@ -92,7 +92,7 @@ def test_bad_input_is_named():
 
 def test_neither_jax_nor_tensorflow_is_imported():
     code = (
-        "import sys, silkie_jax.corpus.pairs, data_prep.vlfeedback, data_prep.pairs;"
+        "import sys, silkie_jax.corpus.pairs, data_prep.tables.vlfeedback, data_prep.tables.given_pairs;"
         "silkie_jax.corpus.schema.features();"
         "assert not {'jax', 'tensorflow', 'torch'} & set(sys.modules)"
     )

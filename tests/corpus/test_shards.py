@@ -1,8 +1,11 @@
 """Shards are whole or absent, a finished corpus opens anywhere, and a damaged or unfinished one is refused by name."""
 
+import errno
+import fcntl
 import io
 import json
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -121,6 +124,41 @@ def test_an_unfinished_corpus_is_refused_and_completed(tmp_path, records):
         builder.finish([first, builder.write(1, "second", records[5:], {})], {}, {})
     assert (folder / "toy-train.array_record-00000-of-00002").stat().st_mtime_ns == written
     assert list(CorpusReader(folder)) == records
+
+
+def test_two_writers_of_one_shard_do_not_meet(tmp_path, records):
+    """As a cluster may have it: the second writes the whole shard while the first is halfway through."""
+    folder = tmp_path / "corpus"
+    with CorpusBuilder(folder, "toy", 1) as builder:
+
+        def halfway():
+            yield from records[:5]
+            entries.append(CorpusBuilder(folder, "toy", 1).write(0, "key", records, {}))
+            yield from records[5:]
+
+        entries: list = []
+        entries.append(builder.write(0, "key", halfway(), {}))
+        assert entries[0] == entries[1]
+        assert builder.finished(0, "key") == entries[0]
+
+        def broken():
+            yield records[0]
+            raise ValueError("the source ends here")
+
+        with pytest.raises(ValueError, match="ends here"):
+            builder.write(0, "key", broken(), {})
+        assert not list((folder / ".building").glob("*.tmp"))
+        builder.finish(entries[1:], {}, {"aspects": ["A"]})
+    assert list(CorpusReader(folder)) == records
+
+
+def test_a_disk_without_locks_is_called_that(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match=r"lock cannot be locked \(Function not implemented\): use a local disk"):
+        CorpusBuilder(tmp_path / "corpus", "toy", 1).__enter__()
 
 
 def test_a_shard_that_changed_is_not_kept(tmp_path, records):

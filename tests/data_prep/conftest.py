@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -48,6 +50,21 @@ def write_rows(path, rows):
 def rejections(corpus):
     """The lines of `rejected.jsonl`."""
     return [json.loads(line) for line in (corpus / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def lock(monkeypatch, name):
+    """Makes listing a folder of this name fail: permissions do not stop root, who runs tests in containers."""
+
+    def guarded(list_folder):
+        def listing(path):
+            if isinstance(path, str | Path) and Path(path).name == name:
+                raise PermissionError(13, "Permission denied", str(path))
+            return list_folder(path)
+
+        return listing
+
+    for function in (os.scandir, os.listdir):
+        monkeypatch.setattr(os, function.__name__, guarded(function))
 
 
 @pytest.fixture

@@ -4,8 +4,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from data_prep.rubric import Rubric, load_rubric
-from data_prep.store import Instruction, Run, to_json
+from data_prep.judging.rubric import Rubric, load_rubric
+from data_prep.run import Instruction, Run
+from silkie_jax.endpoints.store import to_json
 from tests.data_prep.runs import picture
 
 MODELS = ("alpha", "beta", "gamma", "delta", "epsilon")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from data_prep.stage import Options
-from data_prep.store import Instruction, Run
+from data_prep.respond import respond
+from data_prep.run import Instruction, Run
+from silkie_jax.endpoints.stage import Options
 
 QUIET = Options(progress=False)
 MODELS = ("m0", "m1", "m2", "m3", "m4", "m5")
@@ -28,6 +29,12 @@ def make_run(folder: Path, count: int, words: str = "What is in picture {}?") ->
         instructions = [Instruction(f"i{n}", words.format(n), (run.add_image(picture(n)),)) for n in range(count)]
     with Run.create(folder) as run:
         run.write_instructions(instructions, {"of": "a test"})
+    return folder
+
+
+def make_answered(folder: Path, count: int, url: str) -> Path:
+    """A run whose instructions the models of the scripted server have answered."""
+    respond(make_run(folder, count), write_pool(folder.with_suffix(".pool"), url), QUIET)
     return folder
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from silkie_jax.cli import main
 from tests.data_prep.runs import write_judge, write_pool
-from tests.data_prep.server import Script, Server
 from tests.data_prep.test_whole_road import FAULTS, silkie, write_rows
+from tests.endpoints.server import Script, Server
 
 COUNT = 24
 

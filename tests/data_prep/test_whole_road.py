@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.messages import Wire
-from data_prep.store import Run
+from data_prep.run import Run
 from silkie_jax.cli import main
 from silkie_jax.corpus.reader import CorpusReader
+from silkie_jax.endpoints.messages import Wire
 from tests.data_prep.runs import start, write_judge, write_pool
-from tests.data_prep.server import Script, Server, digest
+from tests.endpoints.server import Script, Server, digest
 
 FAULTS = {"429": 0.03, "429-retry-after": 0.02, "500": 0.02, "reset": 0.02, "malformed": 0.02, "empty": 0.02,
           "refusal": 0.02, "truncated": 0.02, "content_filter": 0.01, "400": 0.01, "unparsable": 0.02}  # fmt: skip

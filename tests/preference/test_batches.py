@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from silkie_jax.corpus import CorpusReader, Record, Response
 from silkie_jax.errors import UserError
 from silkie_jax.models.qwen_vl.image import read_image
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
+from silkie_jax.preference import layout as layouts
 from silkie_jax.preference.batches import BatchSource, RowOptions, decode_images
 from silkie_jax.preference.grid import Grid, bucket, first_fit
 from silkie_jax.preference.layout import TOO_LONG, UNUSABLE, lay_out, published
@@ -413,12 +416,46 @@ def test_rows_that_were_cut_short_on_disk_are_laid_out_again(corpus):
     np.testing.assert_array_equal(again.sizes, layout.sizes)
 
 
-def test_of_two_hosts_that_lay_out_at_once_the_first_ones_file_stays(tmp_path):
-    with published(tmp_path / "rows.tokens") as ours, published(tmp_path / "rows.tokens") as theirs:
-        theirs.write(b"the first to finish")
-        ours.write(b"the second")
-    assert (tmp_path / "rows.tokens").read_bytes() == b"the first to finish"
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_hosts_that_lay_out_at_once_the_first_ones_file_stays(tmp_path, monkeypatch, links):
+    def no_links(*_):
+        raise OSError(95, "Operation not supported")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    path = tmp_path / "rows.tokens"
+    with published(path) as ours:
+        with published(path) as theirs:
+            theirs.write(b"the rows")
+        first = path.stat().st_ino
+        ours.write(b"the rows")
+    assert path.stat().st_ino == first
+    assert path.read_bytes() == b"the rows"
     assert [path.name for path in tmp_path.iterdir()] == ["rows.tokens"]
+
+
+def test_a_damaged_file_gives_way(tmp_path):
+    (tmp_path / "rows.tokens").write_bytes(b"the ro")
+    with published(tmp_path / "rows.tokens") as file:
+        file.write(b"the rows")
+    assert (tmp_path / "rows.tokens").read_bytes() == b"the rows"
+
+
+def test_a_second_host_takes_nothing_away_from_the_first(corpus, monkeypatch):
+    """It looked before the first one had published. What the first has opened must stay where it is."""
+    shutil.rmtree(corpus.path / "rows", ignore_errors=True)
+    look, first = layouts._load, {}
+
+    def look_too_early(file, records):
+        monkeypatch.setattr(layouts, "_load", look)
+        first["layout"] = laid_out(corpus)
+        first["files"] = {path: path.stat().st_ino for path in file.parent.iterdir()}
+
+    monkeypatch.setattr(layouts, "_load", look_too_early)
+    assert laid_out(corpus).has_rows
+    assert first["layout"].has_rows
+    assert len(first["files"]) == 2
+    assert {path: path.stat().st_ino for path in (corpus.path / "rows").iterdir()} == first["files"]
 
 
 def test_an_empty_table_is_made_again(corpus):

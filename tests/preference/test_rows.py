@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from silkie_jax.corpus.schema import MOST_RESPONSES
 from silkie_jax.errors import UserError
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
+from silkie_jax.nn.attention import ROW
 from silkie_jax.preference.rows import RowTooLong, encode_prompt, encode_response, make_row
 
 BYTES = Tokenizer({bytes([i]): i for i in range(256)})  # every character its UTF-8 bytes
@@ -293,6 +295,15 @@ def test_wrong_arguments():
         make_row(BYTES, record)
     with pytest.raises(ValueError, match="one or more different responses"):
         make_row(BYTES, record, responses=[1, 1])
+
+
+def test_more_responses_than_a_row_holds_are_refused_when_rows_are_laid_out():
+    """Among packed rows of 64 branches each, one more would be the next row's prompt."""
+    assert MOST_RESPONSES == ROW - 1
+    record = make_record("Q", *(f"answer {n}" for n in range(ROW)))
+    assert len(make_row(BYTES, record, [(0, n) for n in range(1, ROW - 1)]).responses) == MOST_RESPONSES
+    with pytest.raises(UserError, match="record 'r' has 64 responses to compare; a row holds 63"):
+        make_row(BYTES, record, [(0, n) for n in range(1, ROW)])
 
 
 @settings(max_examples=150, deadline=None)

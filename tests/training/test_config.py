@@ -1,5 +1,8 @@
 """Every mistake in a configuration is one line that names the key."""
 
+import dataclasses
+from functools import partial
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -74,6 +77,18 @@ def test_overrides_replace_values_of_the_file(file):
         "aspect": "Helpfulness",
     }
     assert load_config(file, ["run_dir=runs/a=b"]).run_dir == "runs/a=b"
+    assert load_config(file, ["run_dir=runs/${lora.rank}-${seed}"]).run_dir == "runs/8-0"
+
+
+def test_a_file_may_extend_another(file, tmp_path):
+    (tmp_path / "more.yaml").write_text("extends: train.yaml\nlora: {alpha: 2}\nseed: 3\n")
+    config = load_config(tmp_path / "more.yaml", ["seed=4"])
+    assert (config.model, config.lora.rank, config.lora.alpha, config.seed) == ("m", 8, 2, 4)
+    (tmp_path / "loop.yaml").write_text("extends: more.yaml\n")
+    (tmp_path / "train.yaml").write_text("extends: loop.yaml\n")
+    assert "loop.yaml: extends more.yaml, which extends it" in refused(load_config, tmp_path / "more.yaml")
+    (tmp_path / "train.yaml").write_text("extends: gone.yaml\n")
+    assert "gone.yaml: no such config file" in refused(load_config, tmp_path / "more.yaml")
 
 
 def test_saved_configuration_is_the_same(file, tmp_path):
@@ -113,12 +128,12 @@ def test_files_that_cannot_be_read(tmp_path, file):
         ("=3", "'=3' is not an override"),
         ("lora.rank=[a", "lora.rank=[a"),
         ("lora.rank=", "lora.rank"),
-        ("steps=three", "steps"),
-        ("steps=1.5", "steps"),
-        ("lora=8", "lora"),
-        ("mesh=8", "mesh must hold keys, such as mesh.data, and not 8"),
-        ("optimizer=null", "optimizer must hold keys, such as optimizer.learning_rate, and not None"),
-        ("optimizer.learning_rate=fast", "optimizer.learning_rate"),
+        ("steps=three", "steps must be a whole number, not a text"),
+        ("steps=1.5", "steps must be a whole number, not 1.5"),
+        ("lora=8", "lora must hold keys, such as lora.rank, not 8"),
+        ("mesh=8", "mesh must hold keys, such as mesh.data, not 8"),
+        ("optimizer=null", "optimizer must hold keys, such as optimizer.learning_rate, not null"),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate must be a number, not a text"),
         ("lora.targets=c_attn", "lora.targets"),
         ("model=${corpus2}", "corpus2"),
         ("model=${", "model"),
@@ -156,6 +171,8 @@ def test_overrides_that_mean_nothing(file, override, message):
         ("evaluate_at_start", "often", "evaluate_at_start"),
         ("batch_tokens", 0, "batch_tokens must be at least 1, or null, not 0"),
         ("workers", 0, "workers must be at least 1"),
+        ("seed", -1, "seed must be in [0, 2**32), not -1"),
+        ("seed", 2**32, "seed must be in [0, 2**32), not 4294967296"),
         ("epochs", 0, "epochs must be positive"),
         ("epochs", float("nan"), "epochs must be positive"),
         ("steps", 0, "steps must be at least 1"),
@@ -220,3 +237,14 @@ def test_only_what_changes_no_result_may_change_on_the_way(tmp_path):
     full = {"lora": None, "reference": "copy"}
     for values in ({"beta": 0.2}, full, {"corpus": "d"}, {"steps": 5, "epochs": None}, {"batch_rows": 8}):
         assert "holds another run" in refused(check_same_run, changed(**values), tmp_path / "config.yaml")
+
+
+def test_paths_may_change_where_contents_are_compared_instead(tmp_path):
+    before = make_config(GIVEN | {"adapter": "a"})
+    save_config(before, tmp_path / "config.yaml")
+    moved = dataclasses.replace(before, model="m2", corpus="c2", adapter="a2")
+    assert "model was" in refused(check_same_run, moved, tmp_path / "config.yaml")
+    check_same_run(moved, tmp_path / "config.yaml", may_move=True)
+    gone = dataclasses.replace(moved, adapter=None)
+    message = refused(partial(check_same_run, may_move=True), gone, tmp_path / "config.yaml")
+    assert "holds another run: adapter was 'a' and is None;" in message

@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 from silkie_jax.checkpoints.weights import load_model
 from silkie_jax.corpus import CorpusReader, split
 from silkie_jax.errors import UserError
-from silkie_jax.training.config_file import load_config, make_config
+from silkie_jax.training.config_file import load_config, make_config, save_config
 from silkie_jax.training.loop import train
+from silkie_jax.training.result import export_run
 from tests.training.support import by_path, given_record, make_tiny, read_lines, record, write_corpus
 
 TRL = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
@@ -79,6 +80,7 @@ def assert_close(ours, expected):
 def test_what_is_in_the_folder(run, base):
     assert {path.name for path in run.iterdir()} == {
         "config.yaml",
+        "run.json",
         "metrics.jsonl",
         "checkpoints",
         "tensorboard",
@@ -201,6 +203,34 @@ def test_a_finished_run_that_lost_its_result_writes_it_again(run, tmp_path):
     train(dataclasses.replace(load_config(run / "config.yaml"), run_dir=str(again)))
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (again / "adapter" / name).read_bytes() == (run / "adapter" / name).read_bytes()
+
+
+@pytest.mark.parametrize("lost", ["adapter_config.json", "adapter_model.safetensors", "the end of it"])
+def test_half_a_result_is_not_taken_for_one(run, tmp_path, lost):
+    """Its folder is there, as an earlier version left it that was killed while it removed one."""
+    again = tmp_path / "run"
+    shutil.copytree(run, again)
+    if lost == "the end of it":
+        file = again / "adapter" / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        (again / "adapter" / lost).unlink()
+    for adapter in (None, True):
+        with pytest.raises(UserError, match="the training run is not finished; run `silkie train` again"):
+            export_run(again, tmp_path / "exported", adapter=adapter)
+    train(dataclasses.replace(load_config(run / "config.yaml"), run_dir=str(again)))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (again / "adapter" / name).read_bytes() == (run / "adapter" / name).read_bytes()
+
+
+def test_a_run_with_two_results_is_finished_with_both(run, tmp_path):
+    """Its adapter belongs to the tower that was trained with it."""
+    config = dataclasses.replace(load_config(run / "config.yaml"), train_vision="all", reference="copy")
+    save_config(config, tmp_path / "config.yaml")
+    shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    with pytest.raises(UserError, match="the training run is not finished"):
+        export_run(tmp_path, tmp_path / "exported")
 
 
 def test_another_configuration_does_not_continue_a_run(run):

@@ -8,12 +8,7 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 from silkie_jax.errors import UserError
-
-MAX_PIXELS = 89_478_485
-"""Default limit on width x height: Pillow's own threshold for suspecting a decompression bomb."""
-
-# Raster formats only: Pillow would also start Ghostscript for an EPS file, which has no place here. JPEG includes MPO.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+from silkie_jax.image_limits import FORMATS, MAX_PIXELS
 
 
 def read_image(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from silkie_jax.models.qwen_vl.config import QwenVLConfig
 from silkie_jax.nn.attention import Attend, attention
+from silkie_jax.nn.kept import Keeper, Kept
 from silkie_jax.nn.lora import Linear
 from silkie_jax.nn.precision import precision
 from silkie_jax.nn.stack import scan, stack
@@ -45,12 +46,25 @@ def ntk_alpha(config: QwenVLConfig, length: int) -> float:
     return float(max(2 ** math.ceil(math.log2(length / config.seq_length) + 1) - 1, 1))
 
 
-def rotation(config: QwenVLConfig, positions: Int[Array, "B T"], alpha: float, train: bool) -> Rotation:
-    """Angles of half-split rotary embedding at `positions`; `train` switches log-n scaling off, as officially."""
+def frequencies(config: QwenVLConfig, alpha: float) -> Float[np.ndarray, "D"]:
+    """Radians by which one position turns each of a head's numbers, under an NTK factor; in float32."""
     d = config.head_dim
     base = np.float32(config.rotary_emb_base * alpha ** (d / (d - 2)))
-    frequencies = 1 / base ** (np.arange(0, d, 2, dtype=np.float32) / np.float32(d))
-    angles = positions[..., None].astype(jnp.float32) * np.concatenate([frequencies, frequencies])
+    half = 1 / base ** (np.arange(0, d, 2, dtype=np.float32) / np.float32(d))
+    return np.concatenate([half, half])
+
+
+def rotation(
+    config: QwenVLConfig,
+    positions: Int[Array, "B T"],
+    turns: Float[np.ndarray, "D"] | Float[Array, "B 1 D"],
+    train: bool,
+) -> Rotation:
+    """Angles of half-split rotary embedding at `positions`, under the `frequencies` of all rows or of each.
+
+    `train` switches log-n scaling off, as officially.
+    """
+    angles = positions[..., None].astype(jnp.float32) * turns
     logn = None
     if config.use_logn_attn and not train:
         scale = jnp.log(positions + 1.0) / math.log(config.seq_length)
@@ -128,6 +142,23 @@ class Block(nnx.Module):
         x = x + self.attn.out(attend(q, k, v), adapter)
         return x + self.mlp(self.ln_2(x), adapter)
 
+    def keeping(
+        self, x: Float[Array, "B T W"], r: Rotation, attend: Attend
+    ) -> tuple[Float[Array, "B T W"], tuple[Float[Array, "B T H D"], Float[Array, "B T H D"]]]:
+        """Like `__call__`, and gives the keys and values as well."""
+        q, k, v = self.attn.qkv(self.ln_1(x), r, adapter=True)
+        x = x + self.attn.out(attend(q, k, v), adapter=True)
+        return x + self.mlp(self.ln_2(x)), (k, v)
+
+    def step(
+        self, x: Float[Array, "B 1 W"], r: Rotation, places: Int[Array, "B"], kept: Kept, keeper: Keeper
+    ) -> tuple[Float[Array, "B 1 W"], Kept]:
+        """Like `__call__` for one more token of each slot, which sees what is kept up to its own place."""
+        q, k, v = self.attn.qkv(self.ln_1(x), r, adapter=True)
+        kept = keeper.keep_tokens(kept, k, v, places)
+        x = x + self.attn.out(keeper.attend(q, kept, places), adapter=True)
+        return x + self.mlp(self.ln_2(x)), kept
+
     def cached(
         self,
         x: Float[Array, "B T W"],
@@ -181,6 +212,29 @@ class Decoder(nnx.Module):
 
         (y, cache, _), _ = jax.lax.scan(body, (x, cache, jnp.int32(0)), state)
         return self.ln_f(y), cache._replace(length=cache.length + x.shape[1])
+
+    def prefill(
+        self, x: Float[Array, "B T W"], r: Rotation, attend: Attend
+    ) -> list[tuple[Float[Array, "B T H D"], Float[Array, "B T H D"]]]:
+        """The keys and values of whole prompts in each layer of a model that is `apart`; the rest is up to `step`."""
+        kept = []
+        for block in self.layers:
+            x, keys_and_values = block.keeping(x, r, attend)
+            kept.append(keys_and_values)
+        return kept
+
+    def step(
+        self, x: Float[Array, "B 1 W"], r: Rotation, places: Int[Array, "B"], kept: tuple[Kept, ...], keeper: Keeper
+    ) -> tuple[Float[Array, "B 1 W"], tuple[Kept, ...]]:
+        """The hidden states of one more token of each slot of a model that is `apart`, kept at `places`.
+
+        A place beyond the last one is dropped.
+        """
+        layers = []
+        for block, layer in zip(self.layers, kept, strict=True):
+            x, layer = block.step(x, r, places, layer, keeper)
+            layers.append(layer)
+        return self.ln_f(x), tuple(layers)
 
     def logits(self, hidden: Float[Array, "... W"]) -> Float[Array, "... V"]:
         """float32 scores of the vocabulary."""

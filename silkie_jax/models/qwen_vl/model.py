@@ -1,6 +1,6 @@
 """Qwen-VL: tokens and images -> hidden states -> logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -12,9 +12,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from silkie_jax.errors import UserError
 from silkie_jax.models.qwen_vl.config import IMAGE_TOKENS, QwenVLConfig
-from silkie_jax.models.qwen_vl.language import Decoder, ntk_alpha, rotation
+from silkie_jax.models.qwen_vl.language import Decoder, frequencies, ntk_alpha, rotation
 from silkie_jax.models.qwen_vl.vision import VisionTower
 from silkie_jax.nn.attention import PADDING, PLAIN, PROMPT, Kernel
+from silkie_jax.nn.stack import unstack
 
 
 class QwenVL(nnx.Module):
@@ -59,6 +60,15 @@ class QwenVL(nnx.Module):
         graph, state = nnx.split(self)
         return _logits(graph, state, tokens, images, mask, bool(train))
 
+    def apart(self, *, free: bool = False) -> "QwenVL":
+        """The same model, its decoder's layers modules of their own, as generation wants them (nn.stack.unstack).
+
+        It shares all other arrays. `free` takes the layers' memory from this model, which is of no use afterwards.
+        """
+        model = nnx.merge(*nnx.split(self))
+        model.language.layers = nnx.List(unstack(self.language.layers, free=free))
+        return model
+
     def encode_images(
         self, images: UInt8[Array, "... S S 3"], wrap: Callable | None = None, kernel: Kernel = PLAIN
     ) -> Float[Array, "... 256 W"]:
@@ -88,6 +98,13 @@ class QwenVL(nnx.Module):
             return jax.vmap(place_images, (0, 0, None, 0))(x, starts, features, first)
         return jax.vmap(place_images, (0, 0, 0, None))(x, starts, features, jnp.int32(0))
 
+    def embed_placed(
+        self, tokens: Int[Array, "B T"], pool: Float[Array, "F W"], places: Int[Array, "B T"]
+    ) -> Float[Array, "B T W"]:
+        """Token embeddings, but row `places` of a pool of features where that is not negative (`feature_places`)."""
+        x = self.language.wte[...].astype(self.dtype)[tokens]
+        return jnp.where((places >= 0)[..., None], pool[jnp.maximum(places, 0)].astype(x.dtype), x)
+
     def hidden(
         self,
         tokens: Int[Array, "B T"],
@@ -102,7 +119,7 @@ class QwenVL(nnx.Module):
     ) -> Float[Array, "B T W"]:
         """Normalised hidden states of rows with branches (attention.branch_mask); `adapter=False` is the base model."""
         alpha = 1.0 if train else ntk_alpha(self.config, tokens.shape[1])
-        r = rotation(self.config, positions, alpha, train)
+        r = rotation(self.config, positions, frequencies(self.config, alpha), train)
         x = self.embed(tokens, features)
         return self.language(x, r, kernel.among(branches), adapter=adapter, wrap=wrap)
 
@@ -128,6 +145,17 @@ def place_images(
     row = (first + jnp.cumsum(starts) - 1) * IMAGE_TOKENS + offset
     rows = features.reshape(-1, features.shape[-1])[jnp.where(inside, row, 0)]
     return jnp.where(inside[:, None], rows.astype(x.dtype), x)
+
+
+def feature_places(config: QwenVLConfig, tokens: Int[np.ndarray, "T"], images: Sequence[int]) -> Int[np.ndarray, "T"]:
+    """Which row of a pool of features stands at each token of one sequence; -1: its own embedding.
+
+    `images` are the numbers in the pool of the sequence's images, in order; each has as many rows as a span has tokens.
+    """
+    places = np.full(len(tokens), -1, np.int32)
+    for start, image in zip(np.flatnonzero(tokens == config.image_start), images, strict=True):
+        places[start + 1 : start + 1 + IMAGE_TOKENS] = image * IMAGE_TOKENS + np.arange(IMAGE_TOKENS)
+    return places
 
 
 def check_inputs(

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from silkie_jax.models.qwen_vl.config import QWEN_VL_CHAT
-from silkie_jax.models.qwen_vl.language import RMSNorm, ntk_alpha, rotate, rotation
+from silkie_jax.models.qwen_vl.language import RMSNorm, frequencies, ntk_alpha, rotate, rotation
 from silkie_jax.nn.attention import attention, branch_mask
 from tests.reference import qwen_vl as reference
 from tests.reference.golden import LANGUAGE_CASES
@@ -42,7 +42,7 @@ def test_ntk_alpha(length, alpha):
 def test_rotary_embedding(alpha):
     config, positions = QWEN_VL_CHAT, np.array([[0, 1, 5, 300], [2, 2047, 2048, 6000]])
     x = np.random.default_rng(0).standard_normal((2, 4, 3, 128)).astype(np.float32)
-    ours = rotate(x, rotation(config, positions, alpha, train=False))
+    ours = rotate(x, rotation(config, positions, frequencies(config, alpha), train=False))
     base = config.rotary_emb_base * alpha ** (128 / 126)
     # Angles are float32, as officially: beyond 2048 radians a unit in the last place is 2.4e-4.
     np.testing.assert_allclose(ours, reference.rotate(x, positions, base), rtol=0, atol=2e-3)
@@ -51,11 +51,19 @@ def test_rotary_embedding(alpha):
 
 def test_logn_scales_queries_beyond_seq_length_in_evaluation_only():
     positions = np.array([[0, 2046, 2047, 2048, 4095]])
-    logn = rotation(QWEN_VL_CHAT, positions, 1.0, train=False).logn
+    logn = rotation(QWEN_VL_CHAT, positions, frequencies(QWEN_VL_CHAT, 1.0), train=False).logn
     expected = [1, 1, 1, math.log(2049) / math.log(2048), 12 / 11]
     np.testing.assert_allclose(logn[0], expected, rtol=1e-6)
-    assert rotation(QWEN_VL_CHAT, positions, 1.0, train=True).logn is None
-    assert rotation(dataclasses.replace(QWEN_VL_CHAT, use_logn_attn=False), positions, 1.0, train=False).logn is None
+    assert rotation(QWEN_VL_CHAT, positions, frequencies(QWEN_VL_CHAT, 1.0), train=True).logn is None
+    assert (
+        rotation(
+            dataclasses.replace(QWEN_VL_CHAT, use_logn_attn=False),
+            positions,
+            frequencies(QWEN_VL_CHAT, 1.0),
+            train=False,
+        ).logn
+        is None
+    )
 
 
 # What stays float32 in a bfloat16 model
@@ -65,7 +73,7 @@ def test_rotary_embedding_of_bfloat16_turns_in_float32():
     """In bfloat16 position 2047 would be 2048, and the fast dimensions would turn to another place altogether."""
     positions = np.array([[2047, 1999, 1023]])
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 2, 128)), jnp.bfloat16)
-    r = rotation(QWEN_VL_CHAT, positions, 1.0, train=True)
+    r = rotation(QWEN_VL_CHAT, positions, frequencies(QWEN_VL_CHAT, 1.0), train=True)
     ours = rotate(x, r)
     assert (ours.dtype, r.cos.dtype) == (jnp.bfloat16, jnp.float32)
     exact = reference.rotate(np.asarray(x, np.float64), positions, 10000.0)

@@ -12,7 +12,7 @@ from silkie_jax.checkpoints.weights import load_model
 from silkie_jax.errors import UserError
 from silkie_jax.generation.generate import _generate
 from silkie_jax.models.qwen_vl.config import QWEN_VL_CHAT, QwenVLConfig
-from silkie_jax.models.qwen_vl.language import rotation
+from silkie_jax.models.qwen_vl.language import frequencies, rotation
 from silkie_jax.models.qwen_vl.model import QwenVL, _logits
 from silkie_jax.nn.attention import PLAIN
 from tests.pairs import layer
@@ -62,7 +62,7 @@ def test_golden_hidden_states(reference_data, golden_model):
         positions, branches = jnp.arange(tokens.shape[1])[None], jnp.zeros_like(tokens)
         embedded = model.embed(tokens, features)
         first = layer(model.language.layers, 0)
-        r = rotation(model.config, positions, 1.0, train=False)
+        r = rotation(model.config, positions, frequencies(model.config, 1.0), train=False)
         after_first = first(embedded, r, PLAIN.among(branches))
         return embedded, after_first, model.hidden(tokens, positions, branches, features, train=False)
 

@@ -1,0 +1,1 @@
+"""Corpora: built from a run, reported on, shown and exported."""

@@ -1,0 +1,54 @@
+"""What weights and adapters are known by, wherever they lie: hashes over checksums that are made on the devices.
+
+A fingerprint takes one pass over memory, and is the same however the arrays are stored or sharded. It tells models
+apart; it is no defence against somebody who forges one.
+"""
+
+import hashlib
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, UInt
+
+from silkie_jax.models.qwen_vl.model import QwenVL
+from silkie_jax.nn.lora import linears
+
+
+def weights_fingerprint(model: QwenVL, dtype: jnp.dtype | None = None) -> str:
+    """Of the base weights as they are computed with, cast to `dtype` (None: as they are). Adapters do not count."""
+    digest = hashlib.sha256()
+    for path, variable in sorted(nnx.to_flat_state(nnx.state(model, nnx.Param)), key=lambda item: item[0]):
+        if not isinstance(variable, nnx.LoRAParam):
+            digest.update(_line(".".join(map(str, path)), variable[...], dtype))
+    return digest.hexdigest()
+
+
+def adapter_fingerprint(model: QwenVL) -> str | None:
+    """Of the adapter that the model carries, None where it carries none."""
+    adapted = [(name, linear) for name, linear in linears(model.language.layers) if linear.lora_a is not None]
+    digest = hashlib.sha256()
+    for name, linear in sorted(adapted):
+        digest.update(f"{name} {float(linear.lora_scale)}\n".encode())
+        for factor in (linear.lora_a, linear.lora_b):
+            digest.update(_line(name, factor[...]))
+    return digest.hexdigest() if adapted else None
+
+
+def _line(name: str, array: Array, dtype: jnp.dtype | None = None) -> bytes:
+    sums = [int(x) for x in _checksums(array, jnp.dtype(dtype or array.dtype))]
+    return f"{name} {array.shape} {sums}\n".encode()
+
+
+@partial(jax.jit, static_argnums=1)
+def _checksums(x: Array, dtype: jnp.dtype) -> tuple[UInt[Array, ""], UInt[Array, ""]]:
+    """Sums, modulo 2^32, of every element's bits mixed with its place."""
+    bits = jax.lax.bitcast_convert_type(x.astype(dtype), {2: jnp.uint16, 4: jnp.uint32}[dtype.itemsize])
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    mixed = bits.astype(jnp.uint32) ^ (place * jnp.uint32(0x9E3779B1))
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+    return mixed.sum(dtype=jnp.uint32), (mixed ^ (mixed >> 16)).sum(dtype=jnp.uint32)
