@@ -30,8 +30,8 @@ def kept_programs(folder: Path | None) -> Iterator[None]:
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    config: Any = jax.config
-    chosen = config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache
+    now = jax.config.values
+    chosen = now["jax_compilation_cache_dir"] or not now["jax_enable_compilation_cache"]
     if chosen or folder is None or not _writable(folder):
         yield
         return
