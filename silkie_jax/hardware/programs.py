@@ -30,8 +30,8 @@ def kept_programs(folder: Path | None) -> Iterator[None]:
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    config: Any = jax.config
-    chosen = config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache
+    now = jax.config.values
+    chosen = now["jax_compilation_cache_dir"] or not now["jax_enable_compilation_cache"]
     if chosen or folder is None or not _writable(folder):
         yield
         return
@@ -40,7 +40,7 @@ def kept_programs(folder: Path | None) -> Iterator[None]:
         _put_in_order(folder)
     # By default JAX leaves out what compiles within a second, and a run has many of those.
     options = {"jax_compilation_cache_dir": str(folder.absolute()), "jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: getattr(jax.config, name) for name in options}
+    before = {name: now[name] for name in options}
 
     def choose(values: dict[str, Any]) -> None:
         for name, value in values.items():

@@ -4,13 +4,19 @@ Those of convert.py and peer_torch.py are in tests/checkpoints/test_convert.py a
 compilers of TPUs and GPUs.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from benchmarks import attention, data_prep, gpu, input, judge_client, layout, logprobs, step
+from benchmarks import attention, data_prep, generate, gpu, input, judge_client, layout, logprobs, step
 from silkie_jax.errors import UserError
 from tests.benchmarks.conftest import cells
 
 SIZE = ["--size", "tiny", "--turns", "1"]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
@@ -42,6 +48,47 @@ def test_step(run):
 def test_gpu(run, tmp_path):
     run(gpu, "--size", "tiny", "--parts", "logprobs", "--out", str(tmp_path), out=False)
     assert "Head 2374 x 64" in (tmp_path / "logprobs.md").read_text()
+
+
+# What a bare GPU machine lacks, beside JAX, Flax, PyTorch and what these bring.
+ABSENT = ("grain", "omegaconf", "tensorflow_datasets", "array_record", "tensorboardX", "jinja2", "openai")
+WITHOUT = f"""
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {ABSENT!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+@pytest.mark.slow
+def test_what_runs_on_a_gpu_needs_jax_and_flax_alone(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "XLA_FLAGS": ""}
+    small = ["--size", "tiny", "--batch-rows", "1", "--remat", "dots", "--attention", "plain", "--steps", "1"]
+    commands = {
+        "attention": ["benchmarks.attention", "--size", "tiny", "--lengths", "64", "--rows", "1", "--steps", "1"],
+        "step": ["benchmarks.step", *small, "--warmup", "1", "--turns", "1"],
+        "logprobs": ["benchmarks.gpu", "--size", "tiny", "--parts", "logprobs", "--out", str(tmp_path)],
+        "peers": ["benchmarks.peer_torch", "--help"],
+    }
+    for name, command in commands.items():
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{name}: {done.stderr[-2000:]}"
+        assert "Error" not in done.stdout, done.stdout
+
+
+@pytest.mark.slow
+def test_generate(run):
+    printed = run(generate, *SIZE, "--requests", "2", "--images", "1", "--slots", "2", "--sides", "one-by-one")
+    assert cells(printed, "engine")[-1] == "1.00"
+    assert float(cells(printed, "one-by-one")[-1]) > 0
+    assert "two questions an image" in printed
 
 
 @pytest.mark.slow
