@@ -3,6 +3,7 @@
 import json
 import os
 
+import jax
 import numpy as np
 import pytest
 
@@ -24,7 +25,7 @@ def checkpoint(tmp_path_factory):
 
 def test_local_models_answer_as_generate_does(tmp_path, checkpoint, monkeypatch, capfd):
     """Two agents of one checkpoint, of which one draws: they share a server."""
-    # One device is enough for a server of a few requests.
+    jax.devices()  # this process keeps its own; one is enough for a server of a few requests
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"))
     with Server() as server:
         make_run(tmp_path / "run", 3)
