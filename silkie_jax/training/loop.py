@@ -13,7 +13,7 @@ from silkie_jax.hardware.mesh import make_mesh
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.preference.batches import Batch, BatchSource
 from silkie_jax.scoring.reference import identity
-from silkie_jax.scoring.store import Identity, find_reference
+from silkie_jax.scoring.store import find_reference
 from silkie_jax.training.checkpoint import Checkpoints
 from silkie_jax.training.config import TrainConfig
 from silkie_jax.training.config_file import check_same_run, save_config
@@ -21,7 +21,14 @@ from silkie_jax.training.data import Data, open_data
 from silkie_jax.training.meters import Meters
 from silkie_jax.training.metrics import MetricsWriter, check_wandb
 from silkie_jax.training.result import is_finished, save_result
-from silkie_jax.training.run_file import RUN_FILE, check_contents, loaded_contents, read_contents, save_contents
+from silkie_jax.training.run_file import (
+    RUN_FILE,
+    as_it_began,
+    check_contents,
+    loaded_contents,
+    read_contents,
+    save_contents,
+)
 from silkie_jax.training.start import Start
 from silkie_jax.training.trainer import Program, Trainer, load_policy, with_adapter_form
 
@@ -70,8 +77,10 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
     stored = None
     with together():
         if depends is not None:
-            stored = find_reference(corpus.path, as_it_began(depends, run, done), len(corpus))
+            depends = as_it_began(depends, run, done)
+            stored = find_reference(corpus.path, depends, len(corpus))
             data.use_reference(stored)
+            contents["reference"] = depends.get("adapter")
     if done:
         state = trainer.state
         trainer.resume(*checkpoints.restore(done, state.trainable, state.optimizer))
@@ -91,19 +100,6 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
     with together():
         save_result(trainer, run)
     return run
-
-
-def as_it_began(depends: Identity, run: Path, done: int) -> Identity:
-    """What a run's stored reference depends on: of the adapter that it started from, too, unless it began before that.
-
-    A file in the run's folder says that its adapter counts; runs from before have none, and their reference is the bare
-    base.
-    """
-    counts = run / "reference-of-adapter"
-    if "adapter" not in depends or (done and not counts.exists()):
-        return {name: value for name, value in depends.items() if name != "adapter"}
-    counts.touch()
-    return depends
 
 
 def run_steps(

@@ -2,6 +2,7 @@
 
 id                                    of the run; wandb knows it by this
 corpus, tokenizer, weights, adapter   fingerprints of what it began with (adapter: null where it drew its own)
+reference                             of the adapter that its stored reference has (null: none, or there is no such)
 """
 
 import json
@@ -14,6 +15,7 @@ from silkie_jax.errors import UserError
 from silkie_jax.models.qwen_vl.model import QwenVL
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.scoring.fingerprints import adapter_fingerprint, weights_fingerprint
+from silkie_jax.scoring.store import Identity
 from silkie_jax.training.config import TrainConfig
 
 RUN_FILE = "run.json"
@@ -61,6 +63,13 @@ def save_contents(run: Path, contents: Contents) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({"id": name, **contents}, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def as_it_began(depends: Identity, run: Path, done: int) -> Identity:
+    """What a run's stored reference depends on: its adapter counts, unless the run began when it did not."""
+    if done and not _read(run).get("reference"):
+        return {name: value for name, value in depends.items() if name != "adapter"}
+    return depends
 
 
 def run_id(run: Path) -> str:

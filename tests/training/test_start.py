@@ -9,7 +9,8 @@ import pytest
 from silkie_jax.errors import UserError
 from silkie_jax.scoring.reference import compute_reference
 from silkie_jax.training.config_file import load_config, make_config
-from silkie_jax.training.loop import as_it_began, train
+from silkie_jax.training.loop import train
+from silkie_jax.training.run_file import as_it_began, save_contents
 from tests.training.support import make_tiny, read_lines, record, write_corpus
 
 AGREE = "policy and reference agree at the start: margins of "
@@ -116,8 +117,13 @@ def test_a_run_that_began_with_the_bare_base_by_default_continues_with_it(base, 
 
 
 def test_a_run_that_began_with_a_stored_base_continues_with_it(tmp_path):
-    depends = {"weights": "w", "adapter": "a"}
-    assert as_it_began(depends, tmp_path, done=3) == {"weights": "w"}
+    """Its run.json, if it had one, knew of no adapter's reference; once it continues, this is written down."""
+    depends, base = {"weights": "w", "adapter": "a"}, {"weights": "w"}
     assert as_it_began(depends, tmp_path, done=0) == depends  # nothing of it is done: it may begin anew
+    assert as_it_began(depends, tmp_path, done=3) == base
+    save_contents(tmp_path, {"adapter": "a", "reference": None})
+    assert as_it_began(depends, tmp_path, done=3) == base
+    (tmp_path / "run.json").unlink()
+    save_contents(tmp_path, {"adapter": "a", "reference": "a"})
     assert as_it_began(depends, tmp_path, done=3) == depends
-    assert as_it_began({"weights": "w"}, tmp_path, done=3) == {"weights": "w"}
+    assert as_it_began(base, tmp_path, done=3) == base
