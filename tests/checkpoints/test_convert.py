@@ -187,7 +187,7 @@ def slow(tasks):
     for i, done in enumerate(task(tasks)):
         if i == 20:
             print("halfway", flush=True)
-            for _ in range(600):  # in short sleeps: a signal that another thread got would wait for the end of a long one
+            for _ in range(600):  # a signal that another thread got would wait for the end of one long sleep
                 time.sleep(0.1)
         yield done
 {verb}.read_ahead = slow
