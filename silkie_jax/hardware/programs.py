@@ -52,11 +52,15 @@ def kept_programs(folder: Path | None) -> Iterator[None]:
         yield
     except UserError:
         # A mistake that is found before a run begins leaves no folder of one.
-        if first and made and folder.is_dir() and os.listdir(folder.parent) == [folder.name]:
+        if first and made and not any(folder not in path.parents for path in _files(folder.parent)):
             shutil.rmtree(folder.parent, ignore_errors=True)
         raise
     finally:
         choose(before)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if not path.is_dir())
 
 
 def _writable(folder: Path) -> bool:

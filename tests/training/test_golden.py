@@ -228,6 +228,7 @@ def test_four_adamw_steps(data, tmp_path):
     config = make_config(
         {"model": str(data.checkpoint), "adapter": str(data.adapter), "corpus": "-", "run_dir": str(tmp_path)}
         | {"optimizer": optimizer | {"weight_decay": 0.05, "clip_norm": 1.0}, "steps": 4, "dtype": "float32"}
+        | {"reference": "adapter_off"}
     )
     config = with_adapter_form(config)
     policy = load_policy(config, mesh := make_mesh(data=1))
