@@ -1,0 +1,1 @@
+"""How a benchmark is run: answers, judges' replies, scores, comparisons."""
