@@ -142,7 +142,9 @@ class StopRequest:
         from jax.experimental import multihost_utils
 
         self._times += 1
-        return multihost_utils.reached_preemption_sync_point(self._times)
+        # It is true at one place alone, and whoever asks there may have a step to finish first.
+        self._asked = self._asked or multihost_utils.reached_preemption_sync_point(self._times)
+        return self._asked
 
     def __enter__(self) -> "StopRequest":
         if self._alone:

@@ -6,7 +6,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from silkie_jax.errors import UserError
-from silkie_jax.hardware.distributed import start, together
+from silkie_jax.hardware.distributed import StopRequest, start, together
 
 SLURM = {"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_STEP_NUM_NODES": "4"}
 
@@ -78,3 +78,11 @@ def test_long_words_are_cut(two):
     with pytest.raises(UserError), together():
         raise UserError("ü" * 2000)
     assert 400 < len(two["own"][0]) <= 1000
+
+
+def test_a_stop_that_is_met_once_is_remembered(monkeypatch):
+    """The service says it at one place alone; an evaluation that meets it with its last batch goes on to its step."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda place: place == 3)
+    stop = StopRequest()
+    assert [stop.asked() for _ in range(5)] == [False, False, True, True, True]
