@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from data_prep.cli import add_verbs as add_corpus_verbs
 from silkie_jax.errors import UserError
+from silkie_jax.evaluation.cli import add_verbs as add_evaluation_verbs
 
 if TYPE_CHECKING:
     from silkie_jax.training.config import TrainConfig
@@ -80,6 +81,9 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("dst", help="the corpus folder to make, or to complete")
 
     add_corpus_verbs(partial(verb, corpus))
+
+    evaluation = verbs.add_parser("evaluate", help="Measure checkpoints by benchmarks.")
+    add_evaluation_verbs(partial(verb, evaluation.add_subparsers(required=True, metavar="VERB")))
 
     p = verb(verbs, "train", _train, "Train by DPO or supervised fine-tuning; continues a run that was cut off.")
     p.add_argument("config", help="a YAML file")
@@ -261,9 +265,10 @@ def _chat(args: argparse.Namespace) -> None:
 
 
 def _serve(args: argparse.Namespace) -> None:
+    from silkie_jax.hardware.mesh import read_mesh
     from silkie_jax.image_limits import MAX_PIXELS
     from silkie_jax.serving.limits import Limits
-    from silkie_jax.serving.serve import ServeOptions, read_mesh, serve
+    from silkie_jax.serving.serve import ServeOptions, serve
 
     limits = Limits(
         body=args.max_body * 2**20,

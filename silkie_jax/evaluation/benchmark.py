@@ -28,6 +28,9 @@ class Picture(Protocol):
     def name(self) -> str:
         """What the data calls it; questions about one image share it."""
 
+    def exists(self) -> bool:
+        """Whether it is where it must lie."""
+
     def read(self) -> bytes:
         """The encoded file.
 

@@ -139,6 +139,45 @@ def make_row(
     )
 
 
+def branched_row(id: str, prompt: Sequence[int], whole: Sequence[Sequence[int]], images: tuple[bytes, ...]) -> Row:
+    """A row of sequences that go on from one prompt, each a branch; what each adds to its length counts.
+
+    Text may be cut into other tokens where a continuation meets the prompt, so the row's common part is what all of
+    the sequences begin with, and at most as long as the prompt.
+
+    Args:
+      prompt: ids of the prompt alone.
+      whole: ids of the prompt with each continuation.
+
+    Raises:
+      UserError: a continuation adds nothing.
+    """
+    if any(len(ids) <= len(prompt) for ids in whole):
+        raise UserError(f"{id}: an option adds no token to the question")
+    common = 0
+    while common < len(prompt) and len({ids[common] for ids in whole}) == 1:
+        common += 1
+    tokens = [*whole[0][:common], *(token for ids in whole for token in ids[common:])]
+    counts = np.array([common, *(len(ids) - common for ids in whole)], np.int32)
+    arrays = _arrays(np.array(tokens, np.int32), counts, opening=0)
+    counted = arrays["positions"][_label_places(arrays)] >= len(prompt)
+    labels = ("predecessors", "labels", "label_branches")
+    return Row(
+        id=id,
+        **{name: values[counted] if name in labels else values for name, values in arrays.items()},
+        pairs=np.zeros((0, 2), np.int32),
+        responses=tuple(range(len(whole))),
+        images=images,
+        dropped_prompt=0,
+        dropped_responses=(0,) * len(whole),
+    )
+
+
+def _label_places(arrays: dict[str, np.ndarray]) -> Int32[np.ndarray, " N"]:
+    """Row index of every label, where all tokens of branches are labels."""
+    return np.flatnonzero(arrays["branches"] > 0).astype(np.int32)
+
+
 def _arrays(tokens: Int32[np.ndarray, " T"], counts: Int32[np.ndarray, " B"], opening: int) -> dict[str, np.ndarray]:
     """What follows from a row's tokens, how many of them are the prompt's and each branch's, and a reply's opening."""
     branches = np.repeat(np.arange(len(counts), dtype=np.int32), counts)

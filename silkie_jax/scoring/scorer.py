@@ -69,11 +69,17 @@ class Scorer:
         self._forward = forward
 
     def __call__(self, records: Sequence[Record]) -> list[Scored]:
-        """Scores records; rows of like length go through the model together."""
-        import grain
-
+        """Scores records."""
         rows = [self.row(record) for record in records]
         laid_out = {i: row for i, row in enumerate(rows) if isinstance(row, Row)}
+        logps = self.score_rows(laid_out)
+        missing = [np.full(len(record.responses), np.nan, np.float32) for record in records]
+        return [Scored(row, logps.get(i, missing[i])) for i, row in enumerate(rows)]
+
+    def score_rows(self, laid_out: Mapping[int, Row]) -> dict[int, Float[np.ndarray, "K"]]:
+        """Log-probabilities of each row's branches, under the same numbers; rows of like length go together."""
+        import grain
+
         order = sorted(laid_out, key=lambda i: -len(laid_out[i].tokens))
         chunks: list[list[int]] = []
         while order:
@@ -81,12 +87,12 @@ class Scorer:
             chunks.append(order[:count])
             order = order[count:]
         prepared = grain.MapDataset.source(chunks).map(partial(self._prepare, laid_out)) if chunks else []
-        logps = [np.full(len(record.responses), np.nan, np.float32) for record in records]
+        logps: dict[int, np.ndarray] = {}
         for chunk, (arrays, branches) in zip(chunks, self._ahead(prepared), strict=True):
             values = np.asarray(self._forward(self._state, put(arrays, self.mesh), branches=branches))
             for i, found in zip(chunk, values, strict=False):
-                logps[i] = found[: len(logps[i])]
-        return [Scored(row, values) for row, values in zip(rows, logps, strict=True)]
+                logps[i] = found[: len(laid_out[i].responses)]
+        return logps
 
     def row(self, record: Record) -> Row | RowTooLong | None:
         """The row of all responses of a record, or why there is none."""

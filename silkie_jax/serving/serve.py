@@ -176,21 +176,6 @@ def load_served(options: ServeOptions) -> ServedModel:
     return ServedModel(options.called, tokenizer, engine, scorer, defaults, options.top_logprobs)
 
 
-def read_mesh(text: str) -> tuple[int, int, int]:
-    """`data=2,fsdp=4` as sizes of data, fsdp and tensor.
-
-    Raises:
-      UserError: another axis, or no number.
-    """
-    sizes = {"data": -1, "fsdp": 1, "tensor": 1}
-    for part in filter(None, text.split(",")):
-        name, _, size = part.partition("=")
-        if name.strip() not in sizes or not size.strip().isdecimal() or not int(size):
-            raise UserError(f"--mesh: {part!r} is not like fsdp=4; the axes are {', '.join(sizes)}")
-        sizes[name.strip()] = int(size)
-    return sizes["data"], sizes["fsdp"], sizes["tensor"]
-
-
 def _check(options: ServeOptions) -> None:
     limits = options.limits
     for name, value, least in (

@@ -50,6 +50,18 @@ class MeshConfig:
 
 
 @dataclasses.dataclass
+class BenchmarkConfig:
+    """A part of a benchmark that a run is measured by (silkie_jax/evaluation)."""
+
+    benchmark: str
+    data: str
+    limit: int | None = 200  # questions, drawn by image; null: all
+    prompt: str | None = None  # one of the benchmark's prompts; null: its first
+    settings: dict[str, str] = dataclasses.field(default_factory=dict)
+    slots: int | None = None  # replies generated together; null: eight a device of the batch axes
+
+
+@dataclasses.dataclass
 class TrainConfig:
     """Everything a run depends on. The defaults are Silkie's recipe where it has one (arXiv 2312.10665)."""
 
@@ -86,6 +98,7 @@ class TrainConfig:
     evaluate_every: int = 100  # steps, and at the last one; 0: never
     evaluate_at_start: bool = False  # before the first step, too
     evaluation_fraction: float = 0.005
+    evaluate_with: list[BenchmarkConfig] = dataclasses.field(default_factory=list)  # at every checkpoint
     log_every: int = 10
     workers: int = 2  # threads that prepare batches
     wandb: str | None = None  # project to log to, where wandb is installed

@@ -14,6 +14,7 @@ from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.preference.batches import Batch, BatchSource
 from silkie_jax.scoring.reference import identity
 from silkie_jax.scoring.store import find_reference
+from silkie_jax.training.benchmarks import Benchmarks
 from silkie_jax.training.checkpoint import Checkpoints
 from silkie_jax.training.config import TrainConfig
 from silkie_jax.training.config_file import check_same_run, save_config
@@ -59,6 +60,7 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
         contents = read_contents(corpus, tokenizer)
         check_contents(run, config, contents)
         data = open_data(config, mesh, corpus, tokenizer)
+        benchmarks = Benchmarks(config, tokenizer, mesh, kernel)
     policy = load_policy(config, mesh)
     contents |= loaded_contents(config, policy)
     with together():
@@ -93,7 +95,7 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
         metrics = MetricsWriter(run, done, steps, wandb=config.wandb, active=main)
     stop, start = StopRequest(), Start(config, done, stored.folder if stored else None, metrics.say)
     with stop, metrics:
-        step, complete = run_steps(trainer, data, checkpoints, metrics, done, start, stop, profile)
+        step, complete = run_steps(trainer, data, benchmarks, checkpoints, metrics, done, start, stop, profile)
     checkpoints.close()
     if not complete:
         raise KeyboardInterrupt(f"stopped after step {step} of {steps}; run the same command to continue")
@@ -105,6 +107,7 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
 def run_steps(
     trainer: Trainer,
     data: Data,
+    benchmarks: Benchmarks,
     checkpoints: Checkpoints,
     metrics: MetricsWriter,
     done: int,
@@ -125,11 +128,14 @@ def run_steps(
         held.grid.shapes(range(held.steps_per_epoch)) if held and evaluates else (),
         metrics.say,
     )
-    if held and evaluation_due(config, done, program.steps) and not as_the_first_host(metrics.evaluated(done)):
-        found = evaluate(trainer, held, stop)
+    if evaluation_due(config, done, program.steps) and not as_the_first_host(metrics.evaluated(done)):
+        found = evaluate(trainer, held, stop) if held else {}
         if found is None:
             return done, False
-        metrics.write(done, found)
+        if done == 0:
+            found |= benchmarks.measure(trainer.model())
+        if found:
+            metrics.write(done, found)
     meters, guard, trace = Meters(program), Guard(config, checkpoints), Trace(Path(config.run_dir), done, profile)
     step, stopping, complete = done, False, True
     for step, batch in enumerate(meters.waiting(data.train.iterate(done, program.steps, config.workers)), done + 1):
@@ -149,6 +155,9 @@ def run_steps(
                 found = evaluate(trainer, held, stop)
             stopping = found is None
             logged |= found or {}
+        if benchmarks and not stopping and (step % config.checkpoint_every == 0 or last):
+            with meters.paused():
+                logged |= benchmarks.measure(trainer.model())
         if logged:
             metrics.write(step, logged)
         metrics.advance()

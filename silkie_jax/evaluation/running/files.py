@@ -85,6 +85,10 @@ class FilePicture:
     places: tuple[Path, ...]
     hint: str = ""
 
+    def exists(self) -> bool:
+        """Whether one of the places has it."""
+        return any(path.is_file() for path in self.places)
+
     def read(self) -> bytes:
         """The file's bytes.
 

@@ -93,6 +93,27 @@ def user_content(tokenizer: Tokenizer, text: str, images: int = 0, first: int = 
     return tokens + tokenizer.encode(newline + text.strip(), specials=specials)
 
 
+TEMPLATES = {
+    "chat": "ChatML with the default system message and `Picture 1: ` before each image: Silkie's form",
+    "bare-image": "the same without `Picture 1: `: the form of Qwen's own evaluation scripts",
+    "raw": "`Picture 1: `, the image and the text, without ChatML: for the base model, and for likelihoods",
+}
+"""The forms around a question that published numbers were made with."""
+
+
+def templated(tokenizer: Tokenizer, text: str, images: int, template: str = "chat") -> list[int]:
+    """The tokens of a question under one of TEMPLATES, after which the model replies. The text is never parsed."""
+    if template == "chat":
+        return chat_prompt(tokenizer, text, images).tokens
+    if template == "raw":
+        return user_content(tokenizer, text, images)
+    newline = tokenizer.encode("\n")
+    content = [token for _ in range(images) for token in (*tokenizer.image_ids(), *newline)]
+    content += tokenizer.encode(text.strip())
+    system = message(tokenizer, "system", tokenizer.encode(SYSTEM))
+    return [*system, *newline, *message(tokenizer, "user", content), *newline, *reply_opening(tokenizer)]
+
+
 def message(tokenizer: Tokenizer, role: str, content: list[int]) -> list[int]:
     """`<|im_start|>role\\ncontent<|im_end|>`; messages are joined by newlines."""
     return [tokenizer.im_start, *tokenizer.encode(role), *tokenizer.encode("\n"), *content, tokenizer.im_end]

@@ -1,0 +1,1 @@
+"""Checkpoints side by side: one HTML page, Markdown and a picture."""

@@ -1,0 +1,114 @@
+"""What is asked of a benchmark, and how: settled before anything is loaded."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from silkie_jax.errors import UserError
+from silkie_jax.evaluation.benchmark import Benchmark, Decoding, Item
+from silkie_jax.evaluation.running.answers import Origin, draw, items_fingerprint
+from silkie_jax.evaluation.running.scoring import check_settings
+from silkie_jax.evaluation.table import find_benchmark
+from silkie_jax.models.qwen_vl.chat import TEMPLATES
+
+LIKELIHOOD = "likelihood"
+"""The prompt style under which options are compared by their likelihoods, and nothing is generated."""
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How a benchmark is answered; what is None is the benchmark's default.
+
+    Attributes:
+        prompt: one of the benchmark's prompts.
+        template: one of `models.qwen_vl.chat.TEMPLATES`.
+        temperature, top_p, max_new_tokens: of decoding.
+        seed: of draws; an item draws as its id says, whatever else is asked.
+        limit: of how many items a part is drawn.
+    """
+
+    prompt: str | None = None
+    template: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_new_tokens: int | None = None
+    seed: int = 0
+    limit: int | None = None
+    settings: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Items with all that decides what is asked, and how."""
+
+    benchmark: Benchmark
+    items: list[Item]
+    style: str
+    template: str
+    decoding: Decoding
+    seed: int
+    origin: Origin
+
+    @property
+    def by_likelihood(self) -> bool:
+        return self.style == LIKELIHOOD
+
+    def text(self, item: Item) -> str:
+        return self.benchmark.prompt(item, self.style)
+
+
+def open_questions(name: str, data: Path, options: AnswerOptions) -> Questions:
+    """Reads a benchmark's items and settles how they are asked.
+
+    Raises:
+        UserError: data or an option is not sound.
+    """
+    benchmark = find_benchmark(name)
+    about = benchmark.ABOUT
+    check_settings(name, benchmark, options.settings)
+    style = options.prompt or next(iter(about.prompts))
+    if style not in about.prompts:
+        raise UserError(f"--prompt {style}: {name} has {', '.join(about.prompts)}")
+    template = options.template or ("raw" if style == LIKELIHOOD else "chat")
+    if template not in TEMPLATES:
+        raise UserError(f"--template {template}: there are {', '.join(TEMPLATES)}")
+    if not data.exists():
+        raise UserError(f"{data}: no such data; {name} needs {about.data}")
+    if options.limit is not None and options.limit < 1:
+        raise UserError(f"--limit must be at least 1, not {options.limit}")
+    items = draw(benchmark.items(data, options.settings), options.limit)
+    if not items:
+        raise UserError(f"{data}: holds no item of {name}; it needs {about.data}")
+    given = {key: getattr(options, key) for key in ("temperature", "top_p", "max_new_tokens")}
+    decoding = replace(about.decoding, **{key: value for key, value in given.items() if value is not None})
+    said: dict[str, Any] = {"likelihood": "of the options"} if style == LIKELIHOOD else asdict(decoding)
+    if decoding.temperature and style != LIKELIHOOD:
+        said["seed"] = options.seed
+    origin = Origin(
+        benchmark=name,
+        items=items_fingerprint(items),
+        rows=len(items),
+        data=str(data.resolve()),
+        limit=options.limit,
+        settings=dict(options.settings),
+        prompt=style,
+        template=template,
+        decoding=said,
+    )
+    check_pictures(items)
+    return Questions(benchmark, items, style, template, decoding, options.seed, origin)
+
+
+def check_pictures(items: Iterable[Item]) -> None:
+    """Whether every image is where it must lie, before anything is loaded.
+
+    Raises:
+        UserError: names the first that is not.
+    """
+    seen: set[str] = set()
+    for item in items:
+        for picture in item.pictures:
+            if picture.name not in seen and not picture.exists():
+                picture.read()  # says where it must lie
+            seen.add(picture.name)
