@@ -69,9 +69,7 @@ def _truth(record: dict[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
     return answer, tuple(options)
 
 
-def score(
-    items: list[Item], answers: list[Answer], replies: Replies | None, parser: str, settings: Settings
-) -> Score:
+def score(items: list[Item], answers: list[Answer], replies: Replies | None, parser: str, settings: Settings) -> Score:
     """Counts under one rule, and the number right under each. A question without an answer is not right."""
     texts = {answer.id: answer.text for answer in answers}
     readings = {item.id: RULES[parser](texts[item.id], item.options) for item in items if item.id in texts}
