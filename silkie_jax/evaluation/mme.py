@@ -158,7 +158,8 @@ def _from_pictures(data: Path) -> Iterator[Item]:
     missing = [task for task in TASKS if not (data / task).is_dir()]
     if missing:
         raise UserError(
-            f"{data}: neither eval_tool/Your_Results, nor {{task}}.txt, nor a folder {missing[0]}/; expected {ABOUT.data}"
+            f"{data}: neither eval_tool/Your_Results, nor {{task}}.txt, nor a folder {missing[0]}/; "
+            f"expected {ABOUT.data}"
         )
     for task in TASKS:
         files = [file for place in ("", "questions_answers_YN") for file in (data / task / place).glob("*.txt")]

@@ -21,7 +21,7 @@ SPLITS = ("random", "popular", "adversarial")
 
 ABOUT = About(
     title="POPE",
-    data="coco_pope_{random,popular,adversarial}.json in a folder, or one file of JSON lines {question_id, image, text, "
+    data="coco_pope_{random,popular,adversarial}.json in a folder, or one JSON-lines file {question_id, image, text, "
     "label, [category]}; images of COCO val2014 beside them or in val2014/",
     figures=(Figure("f1", 1.0), Figure("accuracy", 1.0)),
     decoding=Decoding(max_new_tokens=16),
@@ -137,13 +137,13 @@ def _question(record: dict[str, Any]) -> str:
 def _by_split(records: list[Record], splits: Mapping[str, list[Item]], items: list[Item]) -> dict[str, list[Record]]:
     """The records of each split, in order."""
     if len(splits) == 1:
-        return {split: records for split in splits}
+        return dict.fromkeys(splits, records)
     known: dict[str, str | None] = {}
     for item in items:  # None: an id that several splits have says nothing
         number = item.fields["question_id"]
         known[number] = item.part if known.get(number, item.part) == item.part else None
     parts = [
-        record["category"] if record.get("category") in splits else known.get(str(record.get("question_id")))
+        str(record["category"]) if str(record.get("category")) in splits else known.get(str(record.get("question_id")))
         for _, record in records
     ]
     if None in parts:
@@ -160,7 +160,7 @@ def _by_split(records: list[Record], splits: Mapping[str, list[Item]], items: li
 
 
 def _agree(records: list[Record], items: list[Item]) -> bool:
-    return all(_question(record).startswith(item.question) for (_, record), item in zip(records, items, strict=False))
+    return all(item.question in _question(record) for (_, record), item in zip(records, items, strict=False))
 
 
 def score(items: list[Item], answers: list[Answer], replies: Replies | None, parser: str, settings: Settings) -> Score:

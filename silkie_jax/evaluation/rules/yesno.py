@@ -106,9 +106,9 @@ def confusion(reading: str, truth: str) -> str | None:
 
 
 def confusion_figures(sums: Totals) -> Mapping[str, Float[np.ndarray, "..."]]:
-    """Precision, recall and F1 of the sums TP, FP and FN; F1 is nan where either of them is, 0 where both are 0."""
-    precision = ratio(sums["TP"], sums["TP"] + sums["FP"])
-    recall = ratio(sums["TP"], sums["TP"] + sums["FN"])
-    f1 = ratio(2 * sums["TP"], 2 * sums["TP"] + sums["FP"] + sums["FN"])
-    f1 = np.where(np.isnan(precision) | np.isnan(recall), np.nan, f1)
-    return {"precision": precision, "recall": recall, "f1": f1}
+    """Precision, recall and F1 of the sums TP, FP and FN."""
+    return {
+        "precision": ratio(sums["TP"], sums["TP"] + sums["FP"]),
+        "recall": ratio(sums["TP"], sums["TP"] + sums["FN"]),
+        "f1": ratio(2 * sums["TP"], 2 * sums["TP"] + sums["FP"] + sums["FN"]),
+    }
