@@ -23,6 +23,7 @@ from typing import Any
 from silkie_jax.cli import main as silkie
 
 TOLERANCE = 1e-9
+TRACEBACK = 70  # for the exit status of a command that ends in one
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,9 @@ def score(arguments: list[str]) -> tuple[int, str, str]:
             status = silkie(["evaluate", "score", *arguments, "--json"])
         except SystemExit as e:
             status = int(e.code or 0)
+        except Exception as e:
+            status, complaint = TRACEBACK, f"{type(e).__name__}: {e}"
+            print(" ".join(complaint.split()), file=err)
     return status, out.getvalue(), err.getvalue()
 
 
@@ -128,6 +132,8 @@ def kind_of(path: Path) -> str:
 def data_of(files: Files) -> list[str]:
     """`--data` with the folder that holds all data files."""
     folders = {path.parent for path in files.data}
+    if len(files.data) == 1:
+        return ["--data", str(files.data[0])]
     return ["--data", str(folders.pop())] if len(folders) == 1 else []
 
 
@@ -234,11 +240,10 @@ def check_errors(base: Path, cases: list[dict[str, str]]) -> Iterator[str]:
         label = f"errors: {case['benchmark']}: {case['case']}"
         with tempfile.TemporaryDirectory() as scratch:
             arguments = arguments_of(base, case, Path(scratch))
-            try:
-                status, said, complaint = score(arguments)
-            except Exception as e:
-                yield f"{label}: a traceback: {type(e).__name__}: {e}"
-                continue
+            status, said, complaint = score(arguments)
+        if status == TRACEBACK:
+            yield f"{label}: a traceback: {complaint.strip()}"
+            continue
         yield from check_answer(label, case["ours"], status, said, complaint)
 
 

@@ -56,6 +56,10 @@ class ParquetPicture:
     row: int
     index: int | None = None
 
+    def exists(self) -> bool:
+        """Whether its file is there; the row was, when the items were read."""
+        return self.file.is_file()
+
     def read(self) -> bytes:
         """The encoded file.
 
