@@ -222,7 +222,10 @@ def score(items: list[Item], answers: list[Answer], replies: Replies | None, par
         notes.append(f"{unknown} answers are to no question of the data; they are left out.")
     if repeated:
         notes.append(f"{repeated} questions were answered more than once; the last answer counts.")
-    official, official_notes = _official(items, given)
+    by_script = readings
+    if parser != "official":
+        by_script = {key: _reading(given[key], item, "official") for item in items if (key := item.id) in given}
+    official, official_notes = _official(items, given, by_script)
     return Score(
         official=official,
         sums=Sums.of(rows, [f"{n} {place}" for place in places for n in ("n", "right")], _figures),
@@ -259,13 +262,15 @@ def _reading(answer: Answer, item: Item, parser: str) -> str | None:
     return letters_of(item.options)[int(np.argsort(found, kind="stable")[0])]
 
 
-def _official(items: list[Item], given: dict[str, Answer]) -> tuple[dict[str, Any], list[str]]:
+def _official(
+    items: list[Item], given: dict[str, Answer], readings: dict[str, str | None]
+) -> tuple[dict[str, Any], list[str]]:
     """The figures of the script that an answers' form belongs to."""
     first = next(iter(given.values()), Answer("", ""))
     form = first.fields.get("form", _LOSSES if "losses" in first.fields else _LLAVA)
     if form == _LLAVA:
         return _llava_script(items, {key: answer.fields.get("exact", answer.text) for key, answer in given.items()})
-    right = {item.id: item.id in given and _reading(given[item.id], item, "official") == item.truth for item in items}
+    right = {item.id: readings.get(item.id) == item.truth for item in items}
 
     def count(chosen: list[Item]) -> list[int]:
         return [sum(right[item.id] for item in chosen), len(chosen)]

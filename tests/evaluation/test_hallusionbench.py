@@ -56,7 +56,8 @@ def test_golden(judged):
     figures, names = score.sums.figures(), {"aAcc": "per question (aAcc)", "qAcc": "per question pair (qAcc)"}
     for ours, official in names.items():
         assert round(float(figures[ours]), 4) == printed[f"Acc {official}"]
-    assert score.counts["rows"] == 103 and score.notes == []
+    assert score.counts["rows"] == 103
+    assert score.notes == []
 
 
 def test_golden_verdicts(judged):
@@ -78,7 +79,8 @@ def test_golden_saved_verdicts(judged, tmp_path):
     score = scored(tmp_path)
     assert score.official == {k: v for k, v in expected["official"].items() if not isinstance(v, dict)}
     items, answers = bench.read_answers(tmp_path, None, {})
-    assert bench.dialogues(items, answers, {}) == {} and score.counts["saved verdicts"] == 103
+    assert bench.dialogues(items, answers, {}) == {}
+    assert score.counts["saved verdicts"] == 103
 
 
 def test_golden_harnesses(judged):
@@ -146,13 +148,16 @@ def test_groups_by_hand(tmp_path):
     score = scored(write(tmp_path / "a.json", rows), said)
     official = score.official
     assert score.outcomes == dict(zip(keys, (1.0, 0.0, 1.0, 1.0), strict=True))
-    assert official["Acc per question (aAcc)"] == 75.0 and official["Acc per question pair (qAcc)"] == 50.0
-    assert official["Acc per figure (fAcc)"] == 0.0 and official["Consistency Test (inconsistent)"] == 100.0
+    assert official["Acc per question (aAcc)"] == 75.0
+    assert official["Acc per question pair (qAcc)"] == 50.0
+    assert official["Acc per figure (fAcc)"] == 0.0
+    assert official["Consistency Test (inconsistent)"] == 100.0
     assert (official["Acc per easy question (easy aAcc)"], official["Acc per hard question (hard aAcc)"]) == (
         100.0,
         50.0,
     )
-    assert official["Yes/No Bias (FP Ratio)"] == 0.0 and official["VI"] == 100.0
+    assert official["Yes/No Bias (FP Ratio)"] == 0.0
+    assert official["VI"] == 100.0
     assert score.sums.images == ("VS/chart/0",)
     assert score.sums.figures(np.array([[1.0], [2.0]]))["mean"].tolist() == pytest.approx([125 / 3] * 2)
 
@@ -160,14 +165,16 @@ def test_groups_by_hand(tmp_path):
 def test_nothing_wrong(tmp_path):
     score = scored(write(tmp_path / "a.json", [row("0")]), {"VD_chart_0_0_0": ["correct", "same"]})
     assert [score.official[name] for name in ("Yes/No Bias (FP Ratio)", "LH", "VI", "Mixed")] == [None] * 4
-    assert score.official["Acc per hard question (hard aAcc)"] is None and np.isnan(score.sums.figures()["hard aAcc"])
+    assert score.official["Acc per hard question (hard aAcc)"] is None
+    assert np.isnan(score.sums.figures()["hard aAcc"])
     assert "No answer is wrong" in score.notes[0]
 
 
 def test_failed_judge_is_said(tmp_path):
     path = write(tmp_path / "a.json", [row("0"), row("1")])
     score = scored(path, {"VD_chart_0_0_0": ["correct"]})
-    assert score.counts["without a verdict"] == 1 and score.readings["VD_chart_0_1_0"] == "unclear"
+    assert score.counts["without a verdict"] == 1
+    assert score.readings["VD_chart_0_1_0"] == "unclear"
     assert score.notes == ["1 answers have no usable reply of the judge; they count as unclear."]
     score = scored(path, {"VD_chart_0_0_0": ["correct"], "VD_chart_0_1_0": ["incorrect"]})
     assert "1 wrong answers were not compared" in score.notes[0]
@@ -182,9 +189,12 @@ def test_dialogue(tmp_path):
     ask = bench.dialogues(items, answers, {})["VD_chart_0_1_0"]
     first = ask([])
     assert all(text in first.user for text in ("Question 0?", "It is {so}.", "{No}"))
-    assert first.max_tokens is None and first.system is None
+    assert first.max_tokens is None
+    assert first.system is None
     second = ask(["correct"])
-    assert "{No}" in second.user and "Yes" in second.user and "Question" not in second.user
+    assert "{No}" in second.user
+    assert "Yes" in second.user
+    assert "Question" not in second.user
     assert ask(["correct", "same"]) is None
 
 
@@ -193,7 +203,8 @@ def test_items_and_pictures(tmp_path):
     (tmp_path / "hallusion_bench" / "VD" / "chart").mkdir(parents=True)
     (tmp_path / "hallusion_bench" / "VD" / "chart" / "0_0.png").write_bytes(b"png")
     items = bench.items(tmp_path, {})
-    assert [len(item.pictures) for item in items] == [1, 0, 1] and items[0].pictures[0].read() == b"png"
+    assert [len(item.pictures) for item in items] == [1, 0, 1]
+    assert items[0].pictures[0].read() == b"png"
     assert bench.prompt(items[0], "official") == "Question 0?"
     answers = write(tmp_path / "a.json", [row("0")])
     assert bench.read_answers(answers, items, {})[0] is items
@@ -208,9 +219,9 @@ def test_items_and_pictures(tmp_path):
 def test_golden_errors(golden, name, message):
     path = golden / "evaluation" / "errors" / "hallusionbench" / f"{name}.json"
     with pytest.raises(UserError) as error:
-        items, answers = bench.read_answers(path, None, {})
-        bench.dialogues(items, answers, {})
-    assert str(path) in str(error.value) and message in str(error.value)
+        bench.dialogues(*bench.read_answers(path, None, {}), {})
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +242,8 @@ def test_malformed(tmp_path, rows, message):
     path = write(tmp_path / "a.json", rows)
     with pytest.raises(UserError) as error:
         scored(path)
-    assert str(path) in str(error.value) and message in str(error.value)
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("raw", [[], {"correctness": {}}, {"correctness": {"a": 1}, "same": {}}])

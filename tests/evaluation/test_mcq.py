@@ -101,8 +101,10 @@ def test_prompt_and_missing(tmp_path):
     assert mcq.prompt(items[0], "llava").endswith("\nAnswer with the option's letter from the given choices directly.")
     items, answers = mcq.read_answers(write(tmp_path / "a.jsonl", [{"id": 1, "response": "B"}]), items, {})
     score = mcq.score(items, answers, None, "letter_exact_llava_seed", {})
-    assert score.sums.figures()["accuracy"] == 0.5 and score.outcomes == {"1": 1.0}
-    assert score.counts["missing"] == 1 and score.notes == ["1 of 2 questions have no answer; they count as wrong."]
+    assert score.sums.figures()["accuracy"] == 0.5
+    assert score.outcomes == {"1": 1.0}
+    assert score.counts["missing"] == 1
+    assert score.notes == ["1 of 2 questions have no answer; they count as wrong."]
 
 
 def test_files_without_ids_go_by_position(tmp_path):

@@ -53,7 +53,8 @@ def test_golden_harnesses(golden):
 
 def test_full_marks_and_groups(tmp_path):
     score = scored(make(tmp_path / "r"))
-    assert score.official["perception"] == 2000.0 and score.official["cognition"] == 800.0
+    assert score.official["perception"] == 2000.0
+    assert score.official["cognition"] == 800.0
     figures = score.sums.figures()
     assert [figures[f"groups/{name}"] for name in ("coarse", "fine", "OCR")] == [800.0, 1000.0, 200.0]
     assert score.notes == []
@@ -78,13 +79,14 @@ def test_answers_hold_line_separators(tmp_path):
 def test_all_other_and_missing(tmp_path):
     folder = make(tmp_path / "r", OCR=f"1.jpg\t{QUESTION}\tYes\tmaybe\n1.jpg\t{QUESTION}\tNo\t\n")
     score = scored(folder)
-    assert score.official["tasks"]["OCR"] == 0.0 and score.official["perception"] == 1800.0
-    assert score.counts["undecided"] == 2 and any(
-        note.startswith("OCR: no answer is yes or no") for note in score.notes
-    )
+    assert score.official["tasks"]["OCR"] == 0.0
+    assert score.official["perception"] == 1800.0
+    assert score.counts["undecided"] == 2
+    assert any(note.startswith("OCR: no answer is yes or no") for note in score.notes)
     items, answers = mme.read_answers(folder, None, {})
     score = mme.score(items, answers[1:], None, "official", {})
-    assert score.counts["missing"] == 1 and score.official["tasks"]["existence"] == 50.0
+    assert score.counts["missing"] == 1
+    assert score.official["tasks"]["existence"] == 50.0
     assert items[0].id not in score.outcomes
 
 
@@ -105,7 +107,8 @@ def test_golden_errors(golden, tmp_path, case, task, message):
     for place in (wrong, folder):  # what is wrong in a file comes before what is missing
         with pytest.raises(UserError) as error:
             scored(place)
-        assert f"{place / task}.txt" in str(error.value) and message in str(error.value)
+        assert f"{place / task}.txt" in str(error.value)
+        assert message in str(error.value)
 
 
 def test_golden_all_other(golden, tmp_path):
@@ -163,7 +166,8 @@ def test_released_layout(tmp_path):
         assert items["existence"].pictures[0].read() == b"existence"
         assert items["scene"].pictures[0].read() == b"scene/images"
         assert items["artwork"].pictures[0].read() == b"artwork/images/toy_dataset"
-        assert items["scene"].cluster == "scene/1.jpg" and items["scene"].truth == "no"
+        assert items["scene"].cluster == "scene/1.jpg"
+        assert items["scene"].truth == "no"
         with pytest.raises(UserError, match="no such image"):
             items["color"].pictures[0].read()
 
@@ -176,9 +180,11 @@ def test_questions_beside_the_images(tmp_path):
     (tmp_path / "posters" / "images").mkdir()
     (tmp_path / "posters" / "images" / "7.png").write_bytes(b"png")
     items = mme.items(tmp_path, {})
-    assert len(items) == 28 and [item.truth for item in items[:2]] == ["yes", "no"]
+    assert len(items) == 28
+    assert [item.truth for item in items[:2]] == ["yes", "no"]
     poster = next(item for item in items if item.part == "posters")
-    assert poster.id == "posters/7.png/1" and poster.pictures[0].read() == b"png"
+    assert poster.id == "posters/7.png/1"
+    assert poster.pictures[0].read() == b"png"
     (tmp_path / "color" / "7.txt").write_text(QUESTION)
     with pytest.raises(UserError, match="1 lines; two questions are one unit"):
         mme.items(tmp_path, {})

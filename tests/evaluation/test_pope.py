@@ -66,9 +66,11 @@ def test_more_answers_than_labels(tmp_path):
     """They count in the yes ratio and nowhere else."""
     data = write(tmp_path / "labels", labels("yes", "no"))
     score = scored(write(tmp_path / "a", [{"answer": text} for text in ("Yes", "No", "Yes")]), data)
-    assert score.official["accuracy"] == 1.0 and score.official["yes_ratio"] == 2 / 3
+    assert score.official["accuracy"] == 1.0
+    assert score.official["yes_ratio"] == 2 / 3
     assert score.sums.figures()["yes_ratio"] == 2 / 3
-    assert score.counts["without a label"] == 1 and "1 answers have no label" in score.notes[0]
+    assert score.counts["without a label"] == 1
+    assert "1 answers have no label" in score.notes[0]
 
 
 def test_what_does_not_belong_together_is_said(tmp_path):
@@ -93,7 +95,8 @@ def folder_of_three(folder):
 def test_three_splits_in_folders(tmp_path):
     data = folder_of_three(tmp_path / "data")
     items = pope.items(data, {})
-    assert len({item.id for item in items}) == 6 and items[2].id == "popular/1"
+    assert len({item.id for item in items}) == 6
+    assert items[2].id == "popular/1"
     answers = tmp_path / "answers"
     answers.mkdir()
     for split in pope.SPLITS:
@@ -119,7 +122,8 @@ def test_three_splits_in_one_file(tmp_path, order):
         for k, text in enumerate(said[split])
     ]
     score = scored(write(tmp_path / "a", rows), data)
-    assert [score.official[split]["accuracy"] for split in pope.SPLITS] == [1.0, 0.5, 0.5] and score.notes == []
+    assert [score.official[split]["accuracy"] for split in pope.SPLITS] == [1.0, 0.5, 0.5]
+    assert score.notes == []
 
 
 def test_one_file_of_labels_with_categories(tmp_path):
@@ -138,7 +142,8 @@ def test_images_and_resampling(tmp_path):
     (tmp_path / "val2014").mkdir()
     (tmp_path / "val2014" / "0.jpg").write_bytes(b"jpeg")
     items = pope.items(data, {})
-    assert items[0].pictures[0].read() == b"jpeg" and pope.prompt(items[0], "official") == "Is there a dog 0?"
+    assert items[0].pictures[0].read() == b"jpeg"
+    assert pope.prompt(items[0], "official") == "Is there a dog 0?"
     assert pope.prompt(items[0], "llava") == "Is there a dog 0?\nAnswer the question using a single word or phrase."
     sums = scored(write(tmp_path / "a", [{"answer": a} for a in ("Yes", "No", "No", "Yes")]), data).sums
     assert sums.figures(np.array([[2.0, 0.0], [0.0, 2.0]]))["accuracy"].tolist() == [1.0, 0.0]

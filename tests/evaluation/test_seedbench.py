@@ -6,6 +6,7 @@ import pytest
 
 from silkie_jax.errors import UserError
 from silkie_jax.evaluation import seedbench as bench
+from silkie_jax.evaluation.benchmark import Answer
 
 
 def question(number, answer="A", dimension=1, **more):
@@ -44,7 +45,8 @@ def folder(golden):
 def test_golden_llava(folder, expected):
     score = scored(folder / "answers.llava.jsonl", folder)
     assert score.official == {"llava_script": expected["llava_script_on_answers.llava.jsonl"]}
-    assert (score.counts["missing"], score.counts["repeated"]) == (2, 1) and len(score.notes) == 3
+    assert (score.counts["missing"], score.counts["repeated"]) == (2, 1)
+    assert len(score.notes) == 3
     assert round(float(score.sums.figures()["image"]), 2) == score.official["llava_script"]["image"]
 
 
@@ -73,7 +75,8 @@ def test_golden_harnesses(folder, expected):
     )
     score = scored(folder / "answers.llava.jsonl", folder, "vlmevalkit")
     harness = expected["harness"]["vlmevalkit_can_infer"]
-    assert sum(score.outcomes.values()) == harness["right"] and len(score.outcomes) == harness["answered"]
+    assert sum(score.outcomes.values()) == harness["right"]
+    assert len(score.outcomes) == harness["answered"]
     assert score.counts["undecided"] == harness["not_inferred_goes_to_a_judge"]
 
 
@@ -81,7 +84,8 @@ def test_llava_looks_for_integers(tmp_path):
     """A question_id "1" is a text, which LLaVA's script does not find; our own figures do."""
     data = data_of(tmp_path / "d.json", question("1"), question("v2", dimension=10))
     score = scored(write(tmp_path / "a", [{"question_id": "1", "text": "A"}, {"question_id": "v2", "text": "A"}]), data)
-    assert score.official["llava_script"]["image"] == 0.0 and score.official["llava_script"]["video"] == 100.0
+    assert score.official["llava_script"]["image"] == 0.0
+    assert score.official["llava_script"]["video"] == 100.0
     assert score.sums.figures()["image"] == 100.0
     assert "does not find 1 answers" in score.notes[-1]
     score = scored(write(tmp_path / "a", [{"question_id": 1, "text": "A"}, {"question_id": "v2", "text": "B"}]), data)
@@ -97,23 +101,25 @@ def test_llava_looks_for_integers(tmp_path):
 def test_published_files_need_no_data(tmp_path):
     rows = [{"question_id": k, "prediction": p, "gt_answer": "B"} for k, p in ((1, "B"), (2, "A"), (2, "B"), (3, "C"))]
     score = scored(write(tmp_path / "a", rows, end=",\n"), None)
-    assert score.official == {"leaderboard_form": {"all": [2, 3]}} and score.counts["repeated"] == 1
+    assert score.official == {"leaderboard_form": {"all": [2, 3]}}
+    assert score.counts["repeated"] == 1
     assert score.sums.figures()["total"] == pytest.approx(200 / 3)
 
 
 def test_own_answers_and_dimensions(tmp_path):
     """Answers that a model gave here: letters without a form, or losses."""
-    from silkie_jax.evaluation.benchmark import Answer
-
     data = data_of(tmp_path / "d.json", question("1"), question("2", "B"), question("v3", dimension=10))
     items = bench.items(data, {"dimensions": "image"})
-    assert [item.id for item in items] == ["1", "2"] and len(bench.items(data, {})) == 3
+    assert [item.id for item in items] == ["1", "2"]
+    assert len(bench.items(data, {})) == 3
     assert [bench.answerable(item) for item in bench.items(data, {})] == [True, True, False]
     score = bench.score(items, [Answer("1", "A"), Answer("2", "B.")], None, "official", {})
-    assert score.official["llava_script"]["Total"] == 50.0 and "video" not in score.official["llava_script"]
+    assert score.official["llava_script"]["Total"] == 50.0
+    assert "video" not in score.official["llava_script"]
     tie = {"losses": [[3.0], [2.0, 2.0], [2.0], [9.0]]}
     score = bench.score(items, [Answer("1", "", tie), Answer("2", "", tie)], None, "official", {})
-    assert score.readings == {"1": "B", "2": "B"} and score.official == {"likelihood_mean_image": [1, 2]}
+    assert score.readings == {"1": "B", "2": "B"}
+    assert score.official == {"likelihood_mean_image": [1, 2]}
     with pytest.raises(UserError, match="dimensions must be all or image"):
         bench.items(data, {"dimensions": "7"})
 
@@ -128,11 +134,13 @@ def test_a_loss_that_is_not_a_number_comes_last(tmp_path):
 def test_prompts(tmp_path):
     (item,) = bench.items(data_of(tmp_path / "d.json", question("1")), {})
     lettered = "A. content a\nB. content b\nC. content c\nD. content d"
-    assert bench.prompt(item, "official") == "Which?" and bench.continuations(item, "official")[0] == "content a"
+    assert bench.prompt(item, "official") == "Which?"
+    assert bench.continuations(item, "official")[0] == "content a"
     assert bench.prompt(item, "qwen") == f"Question: Which?\nOptions: {lettered}\nAnswer:"
     assert bench.continuations(item, "qwen") == (" A", " B", " C", " D")
     ask = "Answer with the option's letter from the given choices directly."
-    assert bench.prompt(item, "llava") == f"Which?\n{lettered}\n{ask}" and bench.continuations(item, "llava") == ()
+    assert bench.prompt(item, "llava") == f"Which?\n{lettered}\n{ask}"
+    assert bench.continuations(item, "llava") == ()
     assert bench.prompt(item, "instructblip") == "Question: Which?\nAnswer:"
     (tmp_path / "SEED-Bench-image").mkdir()
     (tmp_path / "SEED-Bench-image" / "1.jpg").write_bytes(b"jpeg")
@@ -157,7 +165,8 @@ def test_malformed_answers(tmp_path, rows, message):
     data, path = data_of(tmp_path / "d.json", question("1"), question("2")), write(tmp_path / "a", rows)
     with pytest.raises(UserError) as error:
         scored(path, data)
-    assert str(path) in str(error.value) and message in str(error.value)
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
 
 
 def test_malformed_data(tmp_path):
@@ -174,5 +183,5 @@ def test_malformed_data(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             bench.items(data_of(path, question("0"), wrong), {})
-    with pytest.raises(UserError, match="name SEED-Bench.json with --data"):
+    with pytest.raises(UserError, match=r"name SEED-Bench\.json with --data"):
         scored(write(tmp_path / "a", [{"question_id": 1, "prediction": "A"}]), None)

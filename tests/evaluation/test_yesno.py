@@ -80,7 +80,8 @@ def test_confusion():
     counts = {"TP": np.array([3.0, 0.0]), "FP": np.array([1.0, 0.0]), "FN": np.array([2.0, 1.0])}
     figures = confusion_figures(counts)
     assert figures["f1"].tolist() == [6 / 9, 0.0]
-    assert np.isnan(figures["precision"][1]) and figures["precision"][0] == 0.75
+    assert np.isnan(figures["precision"][1])
+    assert figures["precision"][0] == 0.75
 
 
 def test_answers_beside_data(tmp_path):
@@ -91,7 +92,8 @@ def test_answers_beside_data(tmp_path):
     assert score.official["mme_official"] == 1
     assert score.counts == {"rows": 3, "answers": 2, "undecided": 1, "missing": 1}
     assert score.outcomes == {"a": 0.0, "c": 1.0}
-    assert len(score.notes) == 2 and "1 of 3 questions have no answer" in score.notes[1]
+    assert len(score.notes) == 2
+    assert "1 of 3 questions have no answer" in score.notes[1]
     assert score.sums.figures()["accuracy"] == 1 / 3
 
 
@@ -101,14 +103,16 @@ def test_figures_of_resampled_images(tmp_path):
     sums = yesno.score(items, answers, None, "mme_official", {}).sums
     assert sums.images == ("0.jpg", "1.jpg")
     figures = sums.figures(np.array([[2.0, 0.0], [0.0, 2.0]]))
-    assert figures["accuracy"].tolist() == [0.5, 0.0] and figures["precision"].tolist() == [1.0, 0.0]
+    assert figures["accuracy"].tolist() == [0.5, 0.0]
+    assert figures["precision"].tolist() == [1.0, 0.0]
 
 
 def test_pictures_lie_beside_the_file_or_in_images(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "0.jpg").write_bytes(b"jpeg")
     (item,) = yesno.items(write(tmp_path / "a.jsonl", [row(0, "no", "")]), {})
-    assert item.pictures[0].read() == b"jpeg" and item.cluster == "0.jpg"
+    assert item.pictures[0].read() == b"jpeg"
+    assert item.cluster == "0.jpg"
     assert yesno.prompt(item, "question") == "Is it?"
     assert yesno.prompt(item, "yes-no") == "Is it? Please answer yes or no."
 
@@ -156,7 +160,9 @@ def test_malformed(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(UserError) as error:
         yesno.read_answers(path, None, {})
-    assert str(path) in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_an_answer_to_no_question(tmp_path):
