@@ -185,3 +185,10 @@ def test_malformed_data(tmp_path):
             bench.items(data_of(path, question("0"), wrong), {})
     with pytest.raises(UserError, match=r"name SEED-Bench\.json with --data"):
         scored(write(tmp_path / "a", [{"question_id": 1, "prediction": "A"}]), None)
+
+
+def test_losses_are_compared_in_float32(tmp_path):
+    data = data_of(tmp_path / "d.json", question("1"))
+    losses = [[1.00000001], [1.0], [2.0], [2.0]]  # equal in float32, so the first wins
+    score = scored(write(tmp_path / "a", [{"question_id": 1, "token_losses_of_choices": losses}]), data)
+    assert score.readings == {"1": "A"}
