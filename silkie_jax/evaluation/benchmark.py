@@ -8,6 +8,13 @@ A benchmark is a module with these names (see `Benchmark`), all pure but for rea
     read_answers(path, items, settings) -> items, answers   from the benchmark's own form of results
     dialogues(items, answers, settings) -> {key: Dialogue}  judged benchmarks only: what a judge is asked
     score(items, answers, replies, parser, settings) -> Score
+
+and, where it needs them, these:
+
+    continuations(item, style) -> tuple[str, ...]       ABOUT.likelihood: what follows the prompt for each option; none
+                                                        where the style has a letter generated
+    answerable(item) -> bool                            False for items that a model of images cannot be asked
+    official_replies(raw, items, answers) -> {key: replies}   from the benchmark's own form of a judge's replies
 """
 
 from collections import Counter

@@ -258,16 +258,17 @@ def score(items: list[Item], answers: list[Answer], replies: Replies | None, par
             "undecided": sum(readings[item.id] in ("unclear", yesno.UNKNOWN) for item in scored),
             "missing": missing,
             "without a verdict": len(failed),
+            "saved verdicts": sum("verdict" in answer.fields for answer in answers),
         },
         notes=notes,
     )
 
 
 def _judged(answer: Answer, replies: Sequence[str]) -> tuple[str | None, str | None]:
-    """(verdict, whether it says the same as the original's), saved ones first; None: not there."""
-    verdict = read_verdict(replies[0]) if replies else None
-    same = (RIGHT if read_same(replies[1]) else WRONG) if len(replies) > 1 else None
-    return answer.fields.get("verdict", verdict), answer.fields.get("same", same)
+    """(verdict, whether it says the same as the original's); replies come before saved digits. None: not there."""
+    verdict = read_verdict(replies[0]) if replies else answer.fields.get("verdict")
+    same = (RIGHT if read_same(replies[1]) else WRONG) if len(replies) > 1 else answer.fields.get("same")
+    return verdict, same
 
 
 def _is_right(item: Item, verdict: str | None) -> bool:

@@ -57,7 +57,7 @@ def mrag_letter(text: str, letters: str = "ABCD") -> str | None:
 def vlmevalkit_letter(text: str, options: Sequence[str]) -> str | None:
     """One letter as a word of its own near the end, else one option whose content occurs (VLMEvalKit, `can_infer`).
 
-    A letter counts among the last five words only; punctuation parts words. Contents are looked for, in any case, in
+    A letter counts among the last four words only; punctuation parts words. Contents are looked for, in any case, in
     answers that are at most twice as long as all contents together. `REFUSED` stands for refusals that it knows.
     """
     if "Failed to obtain answer via API" not in text:

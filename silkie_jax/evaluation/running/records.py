@@ -27,10 +27,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def _from_list(path: Path) -> list[Record]:
-    try:
-        found = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno}: not JSON ({error.msg})") from None
+    found = _parse(read_text(path), str(path))
     return [(f"{path}: entry {k}", _an_object(entry, f"{path}: entry {k}")) for k, entry in enumerate(found, start=1)]
 
 
@@ -41,12 +38,18 @@ def _from_lines(path: Path, lines: Iterable[str]) -> list[Record]:
         if not line:
             continue
         where = f"{path}: line {number}"
-        try:
-            found = json.loads(line.removesuffix(","))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error.msg}); expected one JSON object a line") from None
-        records.append((where, _an_object(found, where)))
+        records.append((where, _an_object(_parse(line.removesuffix(","), where), where)))
     return records
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f" at line {error.lineno}" if error.lineno > 1 else ""
+        raise UserError(f"{where}: not JSON ({error.msg}{line}); expected one JSON object a line") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        raise UserError(f"{where}: not JSON that can be read ({error})") from None
 
 
 def _an_object(found: Any, where: str) -> dict[str, Any]:
