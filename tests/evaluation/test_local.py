@@ -15,7 +15,7 @@ from silkie_jax.checkpoints.weights import load_model
 from silkie_jax.errors import UserError
 from silkie_jax.evaluation.running import answers as files
 from silkie_jax.evaluation.running.local import LocalModel, by_likelihood, option_row, tokens_of
-from silkie_jax.evaluation.running.questions import LIKELIHOOD, AnswerOptions, open_questions
+from silkie_jax.evaluation.running.questions import AnswerOptions, open_questions
 from silkie_jax.generation.generate import generate
 from silkie_jax.models.qwen_vl.chat import TEMPLATES, decode_reply, templated
 from silkie_jax.models.qwen_vl.image import read_image
@@ -148,8 +148,8 @@ def test_options_are_compared_as_sequences_of_their_own(folder, tmp_path):
     """A row of four options gives each the mean loss that it has alone, over the tokens that it adds."""
     data = write_mcq(tmp_path / "data", images=6)
     questions = open_questions("mcq", data, AnswerOptions())
-    questions = dataclasses.replace(questions, style=LIKELIHOOD, template="raw")
-    questions = dataclasses.replace(questions, benchmark=_WithBareQuestion())
+    questions = dataclasses.replace(questions, benchmark=_ByLikelihood(), template="raw")
+    assert questions.by_likelihood
     model = local(folder, questions)
     rows = {item.id: option_row(model.tokenizer, questions, item) for item in questions.items}
     found = {answer.id: answer for answer in by_likelihood(model.scorer, lambda item: rows[item.id], questions.items)}
@@ -169,9 +169,17 @@ def test_options_are_compared_as_sequences_of_their_own(folder, tmp_path):
         assert found[item.id].text == "ABCD"[int(np.argmin(losses))]
 
 
-class _WithBareQuestion:
+class _ByLikelihood:
+    """As SEED-Bench asks: contents of options follow the question directly."""
+
+    class ABOUT:
+        likelihood = True
+
     def prompt(self, item, style):
         return item.question
+
+    def continuations(self, item, style):
+        return item.options
 
 
 # Kills

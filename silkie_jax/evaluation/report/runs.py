@@ -9,7 +9,7 @@ from typing import Any
 from silkie_jax.errors import UserError
 from silkie_jax.evaluation.benchmark import Item
 from silkie_jax.evaluation.rules.statistics import Difference, compare
-from silkie_jax.evaluation.running.answers import draw, items_fingerprint
+from silkie_jax.evaluation.running.answers import asked_items, items_fingerprint
 from silkie_jax.evaluation.running.answers import read_answers as read_our_answers
 from silkie_jax.evaluation.running.files import read_json, read_json_lines
 from silkie_jax.evaluation.running.run import ANSWERS, OUTCOMES, SCORE
@@ -109,7 +109,7 @@ def pictures_of(measured: Measured) -> dict[str, Item]:
     if not origin.data or not Path(origin.data).exists():
         return {}
     try:
-        items = draw(find_benchmark(origin.benchmark).items(Path(origin.data), origin.settings), origin.limit)
+        items = asked_items(find_benchmark(origin.benchmark), Path(origin.data), origin.settings, origin.limit)
     except UserError:
         return {}
     return {item.id: item for item in items} if items_fingerprint(items) == origin.items else {}

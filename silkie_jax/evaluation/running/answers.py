@@ -15,7 +15,7 @@ from typing import Any
 
 from silkie_jax.durable import sync
 from silkie_jax.errors import UserError
-from silkie_jax.evaluation.benchmark import Answer, Item, Settings
+from silkie_jax.evaluation.benchmark import Answer, Benchmark, Item, Settings
 from silkie_jax.evaluation.running.files import read_json_lines
 from silkie_jax.locks import lock
 
@@ -83,6 +83,16 @@ def items_fingerprint(items: Iterable[Item]) -> str:
         line = [item.id, item.question, list(item.options), [picture.name for picture in item.pictures]]
         digest.update(json.dumps(line).encode() + b"\n")
     return digest.hexdigest()
+
+
+def asked_items(benchmark: Benchmark, data: Path, settings: Settings, limit: int | None) -> list[Item]:
+    """The items of a benchmark that a model is asked: all that it can be, or a part drawn of them.
+
+    Raises:
+        UserError: the data is not sound.
+    """
+    can = getattr(benchmark, "answerable", lambda item: True)
+    return draw([item for item in benchmark.items(data, settings) if can(item)], limit)
 
 
 def draw(items: Sequence[Item], limit: int | None) -> list[Item]:

@@ -179,7 +179,8 @@ def option_row(tokenizer: Tokenizer, questions: Questions, item: Item) -> Row:
     """
     text = questions.text(item)
     question = templated(tokenizer, text, len(item.pictures), questions.template)
-    whole = [templated(tokenizer, text + option, len(item.pictures), questions.template) for option in item.options]
+    options = questions.continuations(item)
+    whole = [templated(tokenizer, text + option, len(item.pictures), questions.template) for option in options]
     images = tuple(picture.read() for picture in item.pictures)
     return branched_row(item.id, question, whole, images)
 
@@ -192,7 +193,7 @@ def by_likelihood(scorer: Scorer, row: Callable[[Item], Row], items: Sequence[It
         rows = dict(enumerate(map(row, some)))
         sums = scorer.score_rows(rows)
         for number, item in enumerate(some):
-            counts = np.bincount(rows[number].label_branches, minlength=len(item.options) + 1)[1:]
+            counts = np.bincount(rows[number].label_branches, minlength=len(rows[number].responses) + 1)[1:]
             losses = (-sums[number] / counts).astype(np.float32)
             letter = chr(ord("A") + int(np.argmin(losses)))
             yield Answer(item.id, letter, {"losses": [float(x) for x in losses], "tokens": counts.tolist()})

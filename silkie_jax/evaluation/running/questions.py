@@ -7,14 +7,10 @@ from typing import Any
 
 from silkie_jax.errors import UserError
 from silkie_jax.evaluation.benchmark import Benchmark, Decoding, Item
-from silkie_jax.evaluation.running.answers import Origin, draw, items_fingerprint
+from silkie_jax.evaluation.running.answers import Origin, asked_items, items_fingerprint
 from silkie_jax.evaluation.running.scoring import check_settings
 from silkie_jax.evaluation.table import find_benchmark
 from silkie_jax.models.qwen_vl.chat import TEMPLATES
-
-LIKELIHOOD = "likelihood"
-"""The prompt style under which options are compared by their likelihoods, and nothing is generated."""
-
 
 @dataclass(frozen=True)
 class AnswerOptions:
@@ -52,10 +48,15 @@ class Questions:
 
     @property
     def by_likelihood(self) -> bool:
-        return self.style == LIKELIHOOD
+        """Whether options are compared by their likelihoods, and nothing is generated."""
+        return _by_likelihood(self.benchmark, self.items[0], self.style)
 
     def text(self, item: Item) -> str:
         return self.benchmark.prompt(item, self.style)
+
+    def continuations(self, item: Item) -> tuple[str, ...]:
+        """What may follow the text, where likelihoods are compared."""
+        return self.benchmark.continuations(item, self.style)  # type: ignore[attr-defined]
 
 
 def open_questions(name: str, data: Path, options: AnswerOptions) -> Questions:
@@ -70,20 +71,21 @@ def open_questions(name: str, data: Path, options: AnswerOptions) -> Questions:
     style = options.prompt or next(iter(about.prompts))
     if style not in about.prompts:
         raise UserError(f"--prompt {style}: {name} has {', '.join(about.prompts)}")
-    template = options.template or ("raw" if style == LIKELIHOOD else "chat")
-    if template not in TEMPLATES:
-        raise UserError(f"--template {template}: there are {', '.join(TEMPLATES)}")
+    if options.template is not None and options.template not in TEMPLATES:
+        raise UserError(f"--template {options.template}: there are {', '.join(TEMPLATES)}")
     if not data.exists():
         raise UserError(f"{data}: no such data; {name} needs {about.data}")
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit must be at least 1, not {options.limit}")
-    items = draw(benchmark.items(data, options.settings), options.limit)
+    items = asked_items(benchmark, data, options.settings, options.limit)
     if not items:
         raise UserError(f"{data}: holds no item of {name}; it needs {about.data}")
+    likelihoods = _by_likelihood(benchmark, items[0], style)
+    template = options.template or ("raw" if likelihoods else "chat")
     given = {key: getattr(options, key) for key in ("temperature", "top_p", "max_new_tokens")}
     decoding = replace(about.decoding, **{key: value for key, value in given.items() if value is not None})
-    said: dict[str, Any] = {"likelihood": "of the options"} if style == LIKELIHOOD else asdict(decoding)
-    if decoding.temperature and style != LIKELIHOOD:
+    said: dict[str, Any] = {"likelihoods": "of the options"} if likelihoods else asdict(decoding)
+    if decoding.temperature and not likelihoods:
         said["seed"] = options.seed
     origin = Origin(
         benchmark=name,
@@ -98,6 +100,10 @@ def open_questions(name: str, data: Path, options: AnswerOptions) -> Questions:
     )
     check_pictures(items)
     return Questions(benchmark, items, style, template, decoding, options.seed, origin)
+
+
+def _by_likelihood(benchmark: Benchmark, item: Item, style: str) -> bool:
+    return bool(benchmark.ABOUT.likelihood and benchmark.continuations(item, style))  # type: ignore[attr-defined]
 
 
 def check_pictures(items: Iterable[Item]) -> None:

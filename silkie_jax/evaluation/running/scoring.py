@@ -151,7 +151,7 @@ def read_all(
     where = data if data is not None else Path(origin.data)
     if not where.exists():
         raise UserError(f"{where}: no such data; give --data: {about.data}")
-    items = ours.draw(benchmark.items(where, settings), origin.limit)
+    items = ours.asked_items(benchmark, where, settings, origin.limit)
     if ours.items_fingerprint(items) != origin.items:
         raise UserError(f"{answers} answers other items than those of {where}: give the --data that it was made with")
     return origin, items, found
