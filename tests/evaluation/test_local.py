@@ -56,7 +56,9 @@ def one_by_one(folder, questions) -> dict[str, str]:
         pixels = np.stack([read_image(p.read(), size) for item, _ in rows for p in item.pictures]) if pictures else None
         stop = (tokenizer.im_end, tokenizer.im_start)
         out = np.asarray(generate(model, np.array([ids for _, ids in rows]), pixels, most, stop=stop))
-        found |= {item.id: decode_reply(tokenizer, tokens) for (item, _), tokens in zip(rows, out.tolist(), strict=True)}
+        found |= {
+            item.id: decode_reply(tokenizer, tokens) for (item, _), tokens in zip(rows, out.tolist(), strict=True)
+        }
     return found
 
 
@@ -116,7 +118,7 @@ def test_a_file_of_something_else_is_left_alone(folder, tmp_path):
 def test_an_image_that_is_missing_is_named_before_a_model_is_loaded(tmp_path):
     data = write_yesno(tmp_path / "data", images=2)
     (tmp_path / "data" / "images" / "1.png").unlink()
-    with pytest.raises(UserError, match="1.png: no such image"):
+    with pytest.raises(UserError, match=r"1\.png: no such image"):
         open_questions("yesno", data, AnswerOptions())
 
 

@@ -12,6 +12,7 @@ from silkie_jax.evaluation.running.scoring import check_settings
 from silkie_jax.evaluation.table import find_benchmark
 from silkie_jax.models.qwen_vl.chat import TEMPLATES
 
+
 @dataclass(frozen=True)
 class AnswerOptions:
     """How a benchmark is answered; what is None is the benchmark's default.
