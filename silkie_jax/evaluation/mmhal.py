@@ -37,7 +37,7 @@ COUNT = 96
 ABOUT = About(
     title="MMHal-Bench",
     data="response_template.json and images/ of the hub's Shengcao1006/MMHal-Bench",
-    figures=(Figure("average_score", 6), Figure("hallucination_rate", 0, faults=True)),
+    figures=(Figure("average_score", 6), Figure("hallucination_rate", 0, worst=1)),
     decoding=Decoding(1024),
     prompts={"official": "the question alone"},
     judge="gpt-4-0314",
