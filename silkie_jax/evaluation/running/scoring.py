@@ -39,6 +39,7 @@ class Scored:
         found = {name: float(value) for name, value in self.score.sums.figures().items()}
         between = intervals(self.score.sums)
         origin = self.origin
+        failed = sum("failed" in answer.fields for answer in self.answers)
         return {
             "benchmark": self.name,
             "title": self.benchmark.ABOUT.title,
@@ -51,7 +52,7 @@ class Scored:
             "settings": self.settings,
             "rows": len(self.items),
             "images": len(self.score.sums.images),
-            "counts": self.score.counts,
+            "counts": self.score.counts | ({"refused or failed at the endpoint": failed} if failed else {}),
             "notes": self.score.notes,
             "answers": None
             if origin is None
