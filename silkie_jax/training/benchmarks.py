@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from silkie_jax.errors import UserError
 from silkie_jax.evaluation.running.local import context_of, generated
 from silkie_jax.evaluation.running.questions import AnswerOptions, Questions, open_questions
+from silkie_jax.evaluation.table import find_benchmark
 from silkie_jax.generation.engine import Engine
 from silkie_jax.hardware.kernel import sound_keeper
 from silkie_jax.models.qwen_vl.model import QwenVL
@@ -58,11 +59,11 @@ class Benchmarks:
 
 
 def _questions(entry: BenchmarkConfig) -> Questions:
-    options = AnswerOptions(prompt=entry.prompt, limit=entry.limit, settings=dict(entry.settings))
-    questions = open_questions(entry.benchmark, Path(entry.data), options)
-    about = questions.benchmark.ABOUT
+    about = find_benchmark(entry.benchmark).ABOUT
     if about.judge is not None and not about.judge_optional:
         raise UserError(f"evaluate_with: {entry.benchmark} needs a judge: use `silkie evaluate run` on a checkpoint")
+    options = AnswerOptions(prompt=entry.prompt, limit=entry.limit, settings=dict(entry.settings))
+    questions = open_questions(entry.benchmark, Path(entry.data), options)
     if questions.by_likelihood:
         raise UserError(f"evaluate_with: {entry.benchmark} compares likelihoods by default; give its entry a prompt")
     return questions
