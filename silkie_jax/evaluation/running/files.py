@@ -5,7 +5,7 @@ answers hold.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,17 @@ def read_lines(path: Path) -> list[str]:
     return lines[:-1] if lines[-1] == "" else lines
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """A JSON file.
+
+    Args:
+        hook: what each object becomes, as soon as it was read.
 
     Raises:
         UserError: it is not there, or not JSON.
     """
     try:
-        return json.loads(read_text(path))
+        return json.loads(read_text(path), object_hook=hook)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno}: not JSON ({error.msg})") from None
 
