@@ -7,8 +7,8 @@ image's objects are its annotated categories and whatever its human captions nam
 either, while "buses" is.
 """
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,12 +20,15 @@ from silkie_jax.errors import UserError
 from silkie_jax.evaluation.benchmark import About, Answer, Decoding, Figure, Item, Replies, Score, Settings
 from silkie_jax.evaluation.rules import words as tools
 from silkie_jax.evaluation.rules.sums import Sums, Totals, ratio
-from silkie_jax.evaluation.running.files import FilePicture, field, read_json, read_json_lines, read_lines, read_text
+from silkie_jax.evaluation.running.coco import CocoImage, image_id, missing_files, read_annotations
+from silkie_jax.evaluation.running.files import FilePicture, field, read_json, read_lines
+from silkie_jax.evaluation.running.records import read_records, text_field
+from silkie_jax.evaluation.running.shapes import an_object
 
 ABOUT = About(
     title="CHAIR",
-    data="COCO's annotations_trainval2014: instances_{train,val}2014.json and captions_{train,val}2014.json in the folder; "
-    "images in val2014/ and train2014/ in it or beside it (for answers only)",
+    data="COCO's annotations_trainval2014: instances_{train,val}2014.json and captions_{train,val}2014.json in the "
+    "folder; images in val2014/ and train2014/ in it or beside it (for answers only)",
     figures=(Figure("CHAIRi", 0.0, faults=True), Figure("CHAIRs", 0.0, faults=True), Figure("recall", 1.0)),
     decoding=Decoding(512),
     prompts={
@@ -39,22 +42,11 @@ ABOUT = About(
 _PROMPTS = {"detail": "Please describe this image in detail.", "sentence": "Describe this image in one sentence."}
 _WHY = "scoring CHAIR"
 
-# Two words that are one: themselves, or what stands after "->".
-_PAIRS = (
-    "motor bike, motor cycle, air plane, traffic light, street light, traffic signal, stop light, fire hydrant, stop sign,"
-    " parking meter, suit case, sports ball, baseball bat, baseball glove, tennis racket, wine glass, hot dog, cell phone,"
-    " mobile phone, teddy bear, hair drier, potted plant, laptop computer, home plate, train track,"
-    " bow tie -> tie, toilet seat -> toilet, wine glas -> wine glass, passenger jet -> jet, passenger train -> train"
-)
-_ANIMALS = "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub".split()
-
 
 @cache
 def _pairs() -> dict[str, str]:
-    pairs = (pair.partition(" -> ") for pair in _PAIRS.split(", "))
-    return {pair.strip(): one.strip() or pair.strip() for pair, _, one in pairs} | {
-        f"{age} {animal}": animal for age in ("baby", "adult") for animal in _ANIMALS
-    }
+    """Two words that are one -> that one."""
+    return tools.word_data("coco_pairs.json")
 
 
 @cache
@@ -112,90 +104,33 @@ def items(data: Path, settings: Settings) -> list[Item]:
     """The images of the COCO annotations that are there, val first.
 
     Raises:
-        UserError: neither instances nor captions are there, a file is not in COCO's form, or `images` has an unknown id.
+        UserError: instances or captions are not there or not in COCO's form, or `images` has an unknown id.
     """
     folder = data / "annotations" if (data / "annotations").is_dir() else data
-    found = {f"{kind}_{split}2014.json": kind for split in ("val", "train") for kind in ("instances", "captions")}
-    missing = [name for name in found if not (folder / name).is_file()]
-    for kind in ("instances", "captions"):
-        if all(f"{kind}_{split}2014.json" in missing for split in ("val", "train")):
-            raise UserError(f"{folder}: neither {kind}_val2014.json nor {kind}_train2014.json is there; {ABOUT.data}")
     wanted = _read_ids(Path(settings["images"])) if "images" in settings else None
-    images: dict[int, dict[str, Any]] = {}
-    for name in found:
-        if name not in missing:
-            _read_annotations(folder / name, images, wanted)
+    images, missing = read_annotations(folder, wanted), missing_files(folder)
     if wanted is not None and (unknown := [i for i in wanted if i not in images]):
         raise UserError(f"{settings['images']}: image {unknown[0]} is in none of the annotation files in {folder}")
+    odd = sorted(set().union(*(image.categories for image in images.values())) - set(_objects().values()))
+    if odd:
+        raise UserError(f"{folder}: category {odd[0]!r} of the instances is none of COCO's 80")
+    question = _PROMPTS["detail"]
     return [
-        Item(
-            str(i),
-            _PROMPTS["detail"],
-            (_picture(data, i, image),),
-            part=image["split"],
-            fields=image | {"missing": missing},
-        )
+        Item(str(i), question, (_picture(data, i, image),), image, image.split, fields={"missing": missing})
         for i, image in images.items()
     ]
 
 
-def _read_ids(path: Path) -> dict[int, None]:
-    found: dict[int, None] = {}
-    for number, line in enumerate(read_lines(path), start=1):
-        if line.strip():
-            found[_image_id(line.strip(), f"{path}: line {number}")] = None
+def _read_ids(path: Path) -> list[int]:
+    lines = enumerate(read_lines(path), start=1)
+    found = [image_id(line.strip(), f"{path}: line {number}") for number, line in lines if line.strip()]
     if not found:
         raise UserError(f"{path}: no image ids; write one a line")
-    return found
+    return list(dict.fromkeys(found))
 
 
-def _read_annotations(path: Path, images: dict[int, dict[str, Any]], wanted: Mapping[int, None] | None) -> None:
-    """Adds the categories or captions of a file to `images`."""
-    whole = tools.check_mapping(read_json(path, hook=_without_outlines), str(path))
-    rows = {name: field(whole, name, str(path)) for name in ("images", "annotations")}
-    for name, value in rows.items():
-        if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
-            raise UserError(f"{path}: {name}: expected a list of objects")
-    split = "val" if "val2014" in path.name else "train"
-
-    def image(i: Any, where: str) -> dict[str, Any] | None:
-        if isinstance(i, bool) or not isinstance(i, int):
-            raise UserError(f"{path}: {where}: the image's id is {i!r}, not an integer")
-        if wanted is not None and i not in wanted:
-            return None
-        return images.setdefault(i, {"split": split, "categories": set(), "captions": []})
-
-    for number, row in enumerate(rows["images"], start=1):
-        image(row.get("id"), f"images, row {number}")
-    if path.name.startswith("captions"):
-        for number, row in enumerate(rows["annotations"], start=1):
-            where = f"annotations, row {number}"
-            caption = field(row, "caption", f"{path}: {where}")
-            if not isinstance(caption, str):
-                raise UserError(f"{path}: {where}: the caption is not text")
-            if (found := image(row.get("image_id"), where)) is not None:
-                found["captions"].append(caption)
-        return
-    names = {}
-    for row in field(whole, "categories", str(path)):
-        names[row["id"]] = name = row["name"]
-        if name not in tools.word_data("coco_objects.json"):
-            raise UserError(f"{path}: category {name!r} is none of COCO's 80")
-    for number, row in enumerate(rows["annotations"], start=1):
-        where = f"annotations, row {number}"
-        if row.get("category_id") not in names:
-            raise UserError(f"{path}: {where}: category {row.get('category_id')!r} is not among the file's categories")
-        if (found := image(row.get("image_id"), where)) is not None:
-            found["categories"].add(names[row["category_id"]])
-
-
-def _without_outlines(row: dict[str, Any]) -> dict[str, Any]:
-    row.pop("segmentation", None)  # nine tenths of a file
-    return row
-
-
-def _picture(data: Path, i: int, image: Mapping[str, Any]) -> FilePicture:
-    split = f"{image['split']}2014"
+def _picture(data: Path, i: int, image: CocoImage) -> FilePicture:
+    split = f"{image.split}2014"
     name = f"COCO_{split}_{i:012d}.jpg"
     folders = (data / split, data / "images" / split, data / "images", data.parent / split, data)
     return FilePicture(name, tuple(folder / name for folder in folders), f"COCO's {split}.zip has it")
@@ -206,25 +141,25 @@ def prompt(item: Item, style: str) -> str:
     return _PROMPTS[style]
 
 
-def _image_id(value: Any, where: str) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if isinstance(value, str) and re.fullmatch(r"[0-9]+", value):
-        return int(value)
-    raise UserError(f"{where}: the image's id is {value!r}, not an integer")
-
-
-def _rows(path: Path) -> Iterable[tuple[str, Any, Any]]:
+def _rows(path: Path) -> Iterable[tuple[str, Any, dict[str, Any]]]:
     """(where, image id or None, row) of a results file: {"imgToEval": {id: row}}, a list of rows or JSON lines."""
-    if read_text(path).lstrip()[:1] == "[":
-        yield from ((f"{path}: row {number}", None, row) for number, row in enumerate(read_json(path), start=1))
+    if not _is_official(path):
+        yield from ((where, None, row) for where, row in read_records(path))
         return
-    if path.suffix == ".jsonl":
-        yield from ((f"{path}: line {number}", None, row) for number, row in read_json_lines(path))
-        return
-    whole = tools.check_mapping(read_json(path), str(path))
-    table = tools.check_mapping(field(whole, "imgToEval", str(path)), f"{path}: imgToEval")
-    yield from ((f"{path}: imgToEval, {key!r}", key, row) for key, row in table.items())
+    whole = an_object(read_json(path), str(path))
+    table = an_object(field(whole, "imgToEval", str(path)), f"{path}: imgToEval")
+    yield from ((f"{path}: imgToEval, {key!r}", key, an_object(row, f"{path}: {key!r}")) for key, row in table.items())
+
+
+def _is_official(path: Path) -> bool:
+    """Whether a file is one object over several lines, or one that has "imgToEval"; a line by itself is a caption."""
+    first = next((line.strip() for line in read_lines(path) if line.strip()), "")
+    if not first.startswith("{"):
+        return False
+    try:
+        return "imgToEval" in json.loads(first.removesuffix(","))
+    except ValueError:
+        return path.suffix != ".jsonl"
 
 
 def read_answers(path: Path, items: list[Item] | None, settings: Settings) -> tuple[list[Item], list[Answer]]:
@@ -240,11 +175,8 @@ def read_answers(path: Path, items: list[Item] | None, settings: Settings) -> tu
     hint = f" (not there: {', '.join(missing)})" if missing else ""
     answers = []
     for where, key, row in _rows(path):
-        row = tools.check_mapping(row, where)
-        identity = str(_image_id(row.get("image_id", key), where))
-        caption = field(row, "caption", where)
-        if not isinstance(caption, str):
-            raise UserError(f"{where}: the caption is not text but {type(caption).__name__}")
+        identity = str(image_id(row.get("image_id", key), where))
+        caption = text_field(row, "caption", where)
         if identity not in known:
             raise UserError(f"{where}: image {identity} is in none of the annotation files{hint}")
         answers.append(Answer(identity, caption))
@@ -275,9 +207,9 @@ def verdicts(items: list[Item], answers: list[Answer], tool: tools.WordTool) -> 
 
     @cache
     def truth(identity: str) -> frozenset[str]:
-        fields = known[identity].fields
-        named = (mention.category for caption in fields["captions"] for mention in mentions(tool.call(caption)))
-        return frozenset(fields["categories"]) | frozenset(named)
+        image: CocoImage = known[identity].truth
+        named = (mention.category for caption in image.captions for mention in mentions(tool.call(caption)))
+        return frozenset(image.categories) | frozenset(named)
 
     found = []
     for answer in answers:
@@ -332,7 +264,7 @@ def score(items: list[Item], answers: list[Answer], replies: Replies | None, par
     official_figures = {name: float(value) for name, value in figures(whole).items()}
     repeated = len(answers) - len({answer.id for answer in answers})
     missing = items[0].fields["missing"] if items else []
-    bare = sum(not known[i].fields["captions"] for i in dict.fromkeys(a.id for a in answers))
+    bare = sum(not known[i].truth.captions for i in dict.fromkeys(a.id for a in answers))
     notes = [tools.words_used([asked.name, official_tool.name])]
     if missing:
         notes.append(f"not there: {', '.join(missing)}; images of theirs cannot be scored")

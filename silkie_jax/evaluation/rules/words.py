@@ -7,7 +7,7 @@ that says how to get it. Packages are imported on first use.
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib.metadata import version
@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from silkie_jax.errors import UserError
+from silkie_jax.evaluation.running.files import field as need
 from silkie_jax.evaluation.running.files import read_json
+from silkie_jax.evaluation.running.records import text_field
+from silkie_jax.evaluation.running.shapes import a_list, an_object
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -63,12 +66,6 @@ def tokenizer(why: str) -> WordTool:
 
 # Singulars, after the behaviour of Pattern 3.6 (De Smedt and Daelemans 2012), which CHAIR uses, oddities included.
 
-_PREPOSITIONS = frozenset(
-    "about above across after among around at athwart before behind below beneath beside besides between betwixt beyond"
-    " but by during except for from in into near of off on onto out over since till to under until unto upon"
-    " with".split()
-)
-
 # (what a word ends in, how many letters go, what takes their place), the first that fits
 _ENDINGS = [
     (re.compile(f"{ending}$"), cut, add)
@@ -114,9 +111,11 @@ _ENDINGS = [
 
 
 @cache
-def _singular_lists() -> tuple[str, tuple[str, ...], dict[str, str]]:
+def _singular_lists() -> tuple[frozenset[str], str, tuple[str, ...], dict[str, str]]:
+    """Prepositions within compounds, words that stay (each with a blank behind it), endings that stay, irregulars."""
     lists = word_data("singulars.json")
-    return " ".join(lists["unchanged"]) + " ", tuple(f"{ie}s" for ie in lists["ie"]), lists["irregular"]
+    stay = "".join(f"{word} " for word in lists["unchanged"])
+    return frozenset(lists["prepositions"]), stay, tuple(f"{ie}s" for ie in lists["ie"]), lists["irregular"]
 
 
 @lru_cache(maxsize=65_536)
@@ -126,13 +125,13 @@ def singularize(word: str) -> str:
     A word stays as it is where one of some eighty words ENDS in it ("is": "debris"), and turns irregular where it
     ends in one of forty ("hour", which ends in "our", is "hmy").
     """
+    prepositions, unchanged, ie, irregular = _singular_lists()
     if "-" in word:
         head, *rest = word.split("-")
-        if rest[0] in _PREPOSITIONS:
+        if rest[0] in prepositions:
             return "-".join([singularize(head), *rest])
     if word.endswith("'"):
         return singularize(word[:-1]) + "'s"
-    unchanged, ie, irregular = _singular_lists()
     if f"{word} " in unchanged or word.endswith(ie):
         return word
     for plural, singular in irregular.items():
@@ -209,7 +208,11 @@ class Likeness:
 
     def table(self) -> list[dict[str, Any]]:
         """What was answered, in the form that `recorded_likeness` reads; pairs that are nothing alike left out."""
-        return [{"a": a, "b": b, "similarity": value} for (a, b), value in self.asked.items() if a != b and value]
+        pairs: dict[frozenset[str], dict[str, Any]] = {}
+        for (a, b), value in self.asked.items():
+            if a != b and value:
+                pairs.setdefault(frozenset((a, b)), {"a": a, "b": b, "similarity": value})
+        return list(pairs.values())
 
 
 def recorded_likeness(path: Path) -> Likeness:
@@ -218,25 +221,19 @@ def recorded_likeness(path: Path) -> Likeness:
     Raises:
         UserError: it is not such a list, or has a pair with two values.
     """
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a list of {{a, b, similarity}}, found {type(rows).__name__}")
+    rows = a_list(read_json(path), str(path))
     table: dict[tuple[str, str], float] = {}
     for number, row in enumerate(rows, start=1):
-        a, b, value = (row.get(name) if isinstance(row, dict) else None for name in ("a", "b", "similarity"))
-        if (
-            not isinstance(a, str)
-            or not isinstance(b, str)
-            or isinstance(value, bool)
-            or not isinstance(value, int | float)
-        ):
-            raise UserError(f"{path}: row {number}: expected a and b (words) and similarity (a number)")
+        where = f"{path}: row {number}"
+        a, b = (text_field(an_object(row, where), name, where) for name in ("a", "b"))
+        value = need(row, "similarity", where)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{where}: similarity is {value!r}, not a number")
         for pair in ((a, b), (b, a)):
             if table.setdefault(pair, value) != value:
-                raise UserError(f"{path}: row {number}: {a!r} and {b!r} have another similarity above: remove one")
-    return Likeness(
-        f"recorded table {path.name} ({len(rows)} pairs)", lambda a, b: 1.0 if a == b else table.get((a, b), 0.0)
-    )
+                raise UserError(f"{where}: {a!r} and {b!r} have another similarity above: remove one")
+    name = f"recorded table {path.name} ({len(rows)} pairs; 0 for others)"
+    return Likeness(name, lambda a, b: 1.0 if a == b else table.get((a, b), 0.0))
 
 
 def spacy_likeness(model: str, why: str) -> Likeness:
@@ -260,25 +257,3 @@ def spacy_likeness(model: str, why: str) -> Likeness:
 def words_used(tools: Iterable[str]) -> str:
     """The line of a report that names the tools."""
     return "word tools: " + "; ".join(dict.fromkeys(tools))
-
-
-def check_words(value: Any, where: str) -> list[str]:
-    """A list of words from a file.
-
-    Raises:
-        UserError: it is something else.
-    """
-    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
-        raise UserError(f"{where}: expected a list of words")
-    return value
-
-
-def check_mapping(value: Any, where: str) -> Mapping[str, Any]:
-    """An object from a file.
-
-    Raises:
-        UserError: it is something else.
-    """
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected an object, found {type(value).__name__}")
-    return value
