@@ -10,6 +10,7 @@ A benchmark is a module with these names (see `Benchmark`), all pure but for rea
     score(items, answers, replies, parser, settings) -> Score
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,17 +89,42 @@ Dialogue = Callable[[Sequence[str]], Ask | None]
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """One dialogue with a judge: `outcome` is "ok", or the endpoint's where no usable reply came (a refusal)."""
+
+    key: str
+    run: int
+    replies: tuple[str, ...]
+    models: tuple[str, ...] = ()
+    outcome: str = "ok"
+
+
+@dataclass(frozen=True)
 class Replies:
     """What judges replied: `runs[r][key]` are the replies of run r to a dialogue, in order.
 
     Attributes:
         models: names that the servers reported -> replies.
-        failed: dialogues that no usable reply came to, by the endpoint's outcome (refusals, timeouts).
+        failed: dialogues that no usable reply came to, by the endpoint's outcome (refusals, timeouts); no run has
+            their keys.
+        exchanges: the same, dialogue by dialogue, as they are stored.
     """
 
     runs: Sequence[Mapping[str, Sequence[str]]]
     models: Mapping[str, int] = field(default_factory=dict)
     failed: Mapping[str, int] = field(default_factory=dict)
+    exchanges: Sequence[Exchange] = ()
+
+    @classmethod
+    def of(cls, exchanges: Sequence[Exchange]) -> "Replies":
+        """From dialogues in any order."""
+        runs: list[dict[str, Sequence[str]]] = [{} for _ in range(max((e.run for e in exchanges), default=0) + 1)]
+        for exchange in exchanges:
+            if exchange.outcome == "ok":
+                runs[exchange.run][exchange.key] = exchange.replies
+        models = Counter(model for exchange in exchanges for model in exchange.models)
+        failed = Counter(exchange.outcome for exchange in exchanges if exchange.outcome != "ok")
+        return cls(runs, dict(models), dict(failed), tuple(exchanges))
 
 
 @dataclass(frozen=True)

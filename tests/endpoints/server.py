@@ -16,6 +16,7 @@ import re
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 FAULTS = (
@@ -41,6 +42,7 @@ class Script:
         key: the only one that is accepted.
         polls: looks at a batch before it is completed.
         most_lines: of a batch file.
+        reply: request -> what the model says, in place of its own.
     """
 
     faults: dict[str, float] = field(default_factory=dict)
@@ -56,6 +58,7 @@ class Script:
     key: str | None = None
     polls: int = 1
     most_lines: int = 50_000
+    reply: Callable[[dict], str] | None = None
 
 
 @dataclass
@@ -351,6 +354,8 @@ def complete(request: dict, script: Script, fault: str | None = None) -> dict:
         message["content"] = ""
     elif fault == "unparsable":
         message["content"] = "All of them are fine."
+    elif script.reply is not None:
+        message["content"] = script.reply(request)
     elif "<text 1>" in words:
         message["content"] = judge(request, words, script.bias)
     else:

@@ -27,6 +27,8 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: is a folder; name a file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def read_lines(path: Path) -> list[str]:
@@ -36,19 +38,43 @@ def read_lines(path: Path) -> list[str]:
     return lines[:-1] if lines[-1] == "" else lines
 
 
-def read_json(path: Path, *, hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+def read_json(
+    path: Path, *, unique: bool = False, hook: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> Any:
     """A JSON file.
 
     Args:
-        hook: what each object becomes, as soon as it was read.
+        unique: refuse a key that an object has twice; otherwise the last one wins, as for the official scripts.
+        hook: what each object becomes as soon as it was read, where memory would not hold the whole; not with `unique`.
 
     Raises:
         UserError: it is not there, or not JSON.
     """
+    text = read_text(path)
     try:
-        return json.loads(read_text(path), object_hook=hook)
+        return json.loads(text, object_pairs_hook=_distinct if unique else None, object_hook=hook)
+    except _Twice as error:
+        raise UserError(f"{path}: the key {str(error)!r} is there twice: remove one") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno}: not JSON ({error.msg})") from None
+        what = "empty" if not text.strip() else f"line {error.lineno}: not JSON ({error.msg})"
+        raise UserError(f"{path}: {what}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists within lists without end
+        raise UserError(f"{path}: not JSON that can be read ({error})") from None
+
+
+class _Twice(Exception):
+    """A key of an object that came before."""
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _Twice(key)
+            seen.add(key)
+    return found
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -64,6 +90,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             found = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}: line {number}: not JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: line {number}: not JSON that can be read ({error})") from None
         if not isinstance(found, dict):
             raise UserError(f"{path}: line {number}: expected an object, found {type(found).__name__}")
         yield number, found
@@ -78,6 +106,36 @@ def field(record: dict[str, Any], name: str, where: str) -> Any:
     if name not in record:
         raise UserError(f"{where}: no field {name!r} (there are {', '.join(map(repr, record)) or 'none'})")
     return record[name]
+
+
+def text_field(record: dict[str, Any], name: str, where: str) -> str:
+    """A field that must be there and be a text.
+
+    Raises:
+        UserError: names what is missing or what else it is.
+    """
+    value = field(record, name, where)
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {name!r} must be a text, not {kind(value)}")
+    return value
+
+
+def id_field(record: dict[str, Any], name: str, where: str) -> str:
+    """A field that tells records apart, a text or a whole number; as a text.
+
+    Raises:
+        UserError: it is missing, or something else.
+    """
+    value = field(record, name, where)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise UserError(f"{where}: {name!r} must be a text or a whole number, not {kind(value)}")
+    return str(value)
+
+
+def kind(value: Any) -> str:
+    """What a JSON value is, in a word, for errors."""
+    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number"}
+    return {**names, str: "a text", list: "a list", dict: "an object"}.get(type(value), type(value).__name__)
 
 
 @dataclass(frozen=True)
