@@ -56,9 +56,7 @@ def object_existence(row: Mapping[str, Any], fixed: bool) -> Tally:
     truth, matched, broader = set(row["gt_words"]), _known(row, "matched_objects"), _known(row, "broader_concept")
     if fixed:
         matched, broader = ({k: v for k, v in pairs.items() if v in truth} for pairs in (matched, broader))
-    return Tally.of(
-        len(row["generated_words"]), len(matched) + len(broader), len(truth), len(set(matched.values()))
-    )
+    return Tally.of(len(row["generated_words"]), len(matched) + len(broader), len(truth), len(set(matched.values())))
 
 
 def relation_positional(row: Mapping[str, Any], fixed: bool) -> Tally:
@@ -98,7 +96,7 @@ def in_order(ranks: list[int]) -> list[int]:
 
 
 def comparative_postprocess(row: Mapping[str, Any]) -> tuple[list[str], int, dict[str, str]]:
-    """Ground-truth objects in order, how many broader ones are out of order, broader ones with alternatives resolved."""
+    """Ground-truth objects in order, how many broader ones are out of order, and broader ones without alternatives."""
     rank = {name: int(number) for number, name in row["gt_words"].items()}
     broader = {}
     for generated, name in _known(row, "broader_concept").items():
@@ -240,7 +238,7 @@ def people_postprocess(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
 
 
 def _cut_pairs(row: Mapping[str, Any]) -> list[str]:
-    """The ground truth as the official split leaves it: without the last pair of every person, whose bracket is whole."""
+    """The ground truth as the official split leaves it: the last pair of every person, whose bracket is whole, is gone."""
     texts = [person.get("object") or "" for person in row["gt_obj_atts"].values()]
     pieces = [piece.strip() for text in texts for piece in text.split("),")]
     return [f"{piece})" for piece in pieces if piece and not piece.endswith(")")]
