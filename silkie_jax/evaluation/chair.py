@@ -32,8 +32,8 @@ ABOUT = About(
     figures=(Figure("CHAIRi", 0.0, faults=True), Figure("CHAIRs", 0.0, faults=True), Figure("recall", 1.0)),
     decoding=Decoding(512),
     prompts={
-        "detail": "Please describe this image in detail. (there is no official one: CHAIR is of captioning models)",
-        "sentence": "Describe this image in one sentence.",
+        "detail": "a description in detail, as lmms-eval asks for; there is no official one",
+        "sentence": "a caption of one sentence, nearer to the captioning models that CHAIR was made for",
     },
     parsers=("official", "lmms-eval"),
     settings={"images": "file of image ids, one a line, to take instead of all images (papers take 500 of val2014)"},
@@ -260,7 +260,7 @@ def score(items: list[Item], answers: list[Answer], replies: Replies | None, par
     known = {item.id: item for item in items}
     rows = [(known[a.id].cluster, _counts(v)) for a, v in zip(answers, by_parser, strict=True)]
     sums = Sums.of(rows, _NAMES, figures)
-    whole = {name: float(sum(_counts(v)[name] for v in official)) for name in _NAMES}
+    whole = {name: np.array(sum(_counts(v)[name] for v in official), np.float64) for name in _NAMES}
     official_figures = {name: float(value) for name, value in figures(whole).items()}
     repeated = len(answers) - len({answer.id for answer in answers})
     missing = items[0].fields["missing"] if items else []

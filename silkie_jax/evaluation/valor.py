@@ -1,7 +1,7 @@
 """VALOR-Eval (Qiu et al. 2024, arXiv:2404.13874): faithfulness and coverage of five kinds of description.
 
-Files, stop lists and scorers as in haoyiq114/VALOR (`human_annotation/`, `evaluation/`). A judge is asked twice an image:
-what a caption says, then what of it matches the annotation. Its prompts here are ours, and so are those of the
+Files, stop lists and scorers as in haoyiq114/VALOR (`human_annotation/`, `evaluation/`). A judge is asked twice an
+image: what a caption says, then what of it matches the annotation. Its prompts here are ours, and so are those of the
 captions unless the folder has the repository's `generation/`. `rules/valor_parts.py` says what `fixed` mends.
 """
 
@@ -165,9 +165,8 @@ def _rows(path: Path) -> list[_Row]:
 
 
 def _is_results(file: Path) -> bool:
-    return file.is_file() and (
-        file.suffix == ".jsonl" or (file.suffix == ".json" and named_part(file.name) is not None)
-    )
+    named = file.suffix == ".json" and named_part(file.name) is not None
+    return file.is_file() and (named or file.suffix == ".jsonl")
 
 
 def _file_rows(file: Path) -> list[_Row]:
@@ -176,12 +175,12 @@ def _file_rows(file: Path) -> list[_Row]:
         whole = an_object(read_json(file, unique=True), str(file))
         if not (whole and all(isinstance(entry, dict) for entry in whole.values())):
             raise UserError(f"{file}: expected {{image: {{{_CAPTIONS}: text}}}} or JSON lines of images")
-        part = _need_part(named_part(file.name), str(file))
+        named = _need_part(named_part(file.name), str(file))
         entries = [(image, f"{file}: {image!r}", entry) for image, entry in whole.items()]
-        return [_Row(part, image, where, text_field(entry, _CAPTIONS, where)) for image, where, entry in entries]
+        return [_Row(named, image, where, text_field(entry, _CAPTIONS, where)) for image, where, entry in entries]
     records = read_records(file)
-    part = next((found for _, record in records if (found := part_of(record, file.name))), named_part(file.name))
-    return [_row(_need_part(part, f"{file}"), record) for record in records]
+    found = next((part for _, record in records if (part := part_of(record, file.name))), named_part(file.name))
+    return [_row(_need_part(found, str(file)), record) for record in records]
 
 
 def _need_part(part: str | None, where: str) -> str:
@@ -289,14 +288,13 @@ def score(items: list[Item], answers: list[Answer], replies: Replies | None, par
         readings[identity] = f"{tally.faithful} of {tally.generated} faithful, {tally.covered} of {tally.truth} covered"
     names = [f"{part}/{name}" for part in PARTS for name in COUNTS]
     printed = {part: _printed(tallies) for part, tallies in official.items()}
+    parts = {known[answer.id].part for answer in answers}
     strange = sum(strangers(known[identity].part, row) for identity, row in rows.items())
     counts = {
         **{f"images of {part}": number for part, number in Counter(known[i].part for i in rows).items()},
         "replies not in form": unread,
         "no reply": without,
-        "missing": len(
-            {i.id for i in items if i.part in {known[a.id].part for a in answers}} - {a.id for a in answers}
-        ),
+        "missing": len({item.id for item in items if item.part in parts} - {answer.id for answer in answers}),
         "matches outside the ground truth": strange,
     }
     return Score(printed, Sums.of(lines, names, figures), outcomes, readings, counts, _notes(counts, printed, replies))

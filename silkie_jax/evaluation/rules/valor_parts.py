@@ -238,7 +238,7 @@ def people_postprocess(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
 
 
 def _cut_pairs(row: Mapping[str, Any]) -> list[str]:
-    """The ground truth as the official split leaves it: the last pair of every person, whose bracket is whole, is gone."""
+    """The ground truth as the official split leaves it: the last pair of every person, with its bracket, is gone."""
     texts = [person.get("object") or "" for person in row["gt_obj_atts"].values()]
     pieces = [piece.strip() for text in texts for piece in text.split("),")]
     return [f"{piece})" for piece in pieces if piece and not piece.endswith(")")]
