@@ -32,7 +32,8 @@ from silkie_jax.evaluation.prompts import judge_prompt
 from silkie_jax.evaluation.rules.judged import failure_notes, named, needed, one_reply
 from silkie_jax.evaluation.rules.ratings import llava_pair, llava_pair_lmms_eval
 from silkie_jax.evaluation.rules.sums import Sums, Totals, ratio
-from silkie_jax.evaluation.running.files import FilePicture, id_field, kind, read_json, read_json_lines, text_field
+from silkie_jax.evaluation.running.files import FilePicture, field
+from silkie_jax.evaluation.running.records import Record, id_field, read_records, text_field
 
 CATEGORIES = ("conv", "detail", "complex")
 RULES = {"official": llava_pair, "vlmevalkit": llava_pair, "lmms-eval": llava_pair_lmms_eval}
@@ -68,7 +69,7 @@ def items(data: Path, settings: Settings) -> list[Item]:
     reference = data / "answers_gpt4.jsonl"
     if not reference.exists():
         reference = next(iter(sorted(data.glob("answers_gpt4*.jsonl"))), reference)
-    texts = _texts(reference)
+    texts = _texts(read_records(reference))
     made = []
     for where, id, image, text, category in questions:
         if image not in contexts:
@@ -84,8 +85,7 @@ def items(data: Path, settings: Settings) -> list[Item]:
 def _questions(path: Path) -> Iterator[tuple[str, str, str, str, str]]:
     """(where, id, image, question, category) of every line."""
     seen: set[str] = set()
-    for line, record in read_json_lines(path):
-        where = f"{path}: line {line}"
+    for where, record in read_records(path):
         id, category = id_field(record, "question_id", where), text_field(record, "category", where)
         if category.removeprefix(_PREFIX) not in CATEGORIES:
             raise UserError(f"{where}: unknown category {category!r}; there are {', '.join(CATEGORIES)}")
@@ -94,15 +94,12 @@ def _questions(path: Path) -> Iterator[tuple[str, str, str, str, str]]:
         seen.add(id)
         image, text = text_field(record, "image", where), text_field(record, "text", where)
         yield where, id, image, text, category.removeprefix(_PREFIX)
-    if not seen:
-        raise UserError(f"{path}: no questions")
 
 
 def _contexts(path: Path) -> dict[str, str]:
     """Image -> what stands for it before the judge."""
     contexts = {}
-    for line, record in read_json_lines(path):
-        where = f"{path}: line {line}"
+    for where, record in read_records(path):
         caption = record.get("caption")
         lines = [caption] if isinstance(caption, str) else caption
         if not isinstance(lines, list) or not all(isinstance(text, str) for text in lines):
@@ -111,15 +108,14 @@ def _contexts(path: Path) -> dict[str, str]:
     return contexts
 
 
-def _texts(path: Path) -> dict[str, tuple[str, int]]:
-    """Question -> text and line."""
-    texts: dict[str, tuple[str, int]] = {}
-    for line, record in read_json_lines(path):
-        where = f"{path}: line {line}"
+def _texts(records: list[Record]) -> dict[str, tuple[str, str]]:
+    """Question -> text, and where it stands."""
+    texts: dict[str, tuple[str, str]] = {}
+    for where, record in records:
         id = id_field(record, "question_id", where)
         if id in texts:
-            raise UserError(f"{where}: question {id} was answered in line {texts[id][1]}: remove one")
-        texts[id] = text_field(record, "text", where), line
+            raise UserError(f"{where}: question {id} was answered before: remove one")
+        texts[id] = text_field(record, "text", where), where
     return texts
 
 
@@ -133,30 +129,28 @@ def read_answers(path: Path, items: list[Item] | None, settings: Settings) -> tu
     Raises:
         UserError: an answer is missing, unknown, there twice or no text.
     """
-    if path.suffix == ".json":
-        return _read_preferences(path)
-    first = next(read_json_lines(path), None)
-    if first is None:
-        raise UserError(f"{path}: no answers")
-    if "content" in first[1] or "tuple" in first[1]:
-        return _read_reviews(path, items)
+    records = read_records(path)
+    first = records[0][1]
+    if "preference" in first:
+        return _read_preferences(records)
+    if "content" in first or "tuple" in first:
+        return _read_reviews(path, records, items)
     if items is None:
         raise UserError(f"{path}: these answers hold no questions: name the folder of the data with --data")
-    texts = _texts(path)
+    texts = _texts(records)
     known = {item.id for item in items}
     if unknown := [id for id in texts if id not in known]:
-        raise UserError(f"{path}: line {texts[unknown[0]][1]}: the data has no question {unknown[0]}")
+        raise UserError(f"{texts[unknown[0]][1]}: the data has no question {unknown[0]}")
     if missing := [item.id for item in items if item.id not in texts]:
         raise UserError(f"{path}: no answer to question {named(missing)}: every question needs one")
     moved = list(texts) != [item.id for item in items]
     return items, [Answer(item.id, texts[item.id][0], {"moved": True} if moved else {}) for item in items]
 
 
-def _read_reviews(path: Path, items: list[Item] | None) -> tuple[list[Item], list[Answer]]:
+def _read_reviews(path: Path, records: list[Record], items: list[Item] | None) -> tuple[list[Item], list[Answer]]:
     parts: dict[str, str] = {}
     answers = []
-    for line, record in read_json_lines(path):
-        where = f"{path}: line {line}"
+    for where, record in records:
         id = id_field(record, "question_id", where)
         if id in parts:
             raise UserError(f"{where}: question {id} was reviewed before: remove one")
@@ -181,18 +175,13 @@ def _read_reviews(path: Path, items: list[Item] | None) -> tuple[list[Item], lis
     return [Item(id=id, question="", part=part) for id, part in parts.items()], answers
 
 
-def _read_preferences(path: Path) -> tuple[list[Item], list[Answer]]:
-    records = read_json(path)
-    if not isinstance(records, list) or not records:
-        raise UserError(f"{path}: expected a list of annotations with 'preference', found {kind(records)}")
+def _read_preferences(records: list[Record]) -> tuple[list[Item], list[Answer]]:
     made, answers = [], []
-    for n, record in enumerate(records):
-        if not isinstance(record, dict) or "preference" not in record:
-            raise UserError(f"{path}: record {n}: expected an object with 'preference'")
-        preference = record["preference"]
+    for n, (where, record) in enumerate(records):
+        preference = field(record, "preference", where)
         number = isinstance(preference, int | float) and not isinstance(preference, bool)
         if preference is not None and not (number and (preference == 0 or 1 <= preference <= 2)):
-            raise UserError(f"{path}: record {n}: 'preference' must be from 1 to 2, 0 or null, not {preference!r}")
+            raise UserError(f"{where}: 'preference' must be from 1 to 2, 0 or null, not {preference!r}")
         made.append(Item(id=str(n), question=str(record.get("instruction", "")), part="preference"))
         answers.append(Answer(str(n), str(record.get("output_2", "")), {"preference": preference}))
     return made, answers

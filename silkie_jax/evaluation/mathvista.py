@@ -29,7 +29,8 @@ from silkie_jax.evaluation.rules.judged import failure_notes, named, switch, unt
 from silkie_jax.evaluation.rules.letters import letters_of, vlmevalkit_letter
 from silkie_jax.evaluation.rules.ratings import mathvista_extraction, mathvista_normal
 from silkie_jax.evaluation.rules.sums import Sums, Totals, ratio
-from silkie_jax.evaluation.running.files import FilePicture, kind, read_json
+from silkie_jax.evaluation.running.files import FilePicture, read_json
+from silkie_jax.evaluation.running.records import kind
 
 GROUPS = ("question_type", "answer_type", "language", "source", "category", "task", "context", "grade", "skills")
 KINDS = {"question_type": ("multi_choice", "free_form"), "answer_type": ("text", "integer", "float", "list")}

@@ -27,7 +27,8 @@ from silkie_jax.evaluation.prompts import judge_prompt
 from silkie_jax.evaluation.rules.judged import failure_notes, named, needed, one_reply
 from silkie_jax.evaluation.rules.ratings import mmhal_rating
 from silkie_jax.evaluation.rules.sums import Sums, Totals, ratio
-from silkie_jax.evaluation.running.files import FilePicture, kind, read_json, text_field
+from silkie_jax.evaluation.running.files import FilePicture, read_json
+from silkie_jax.evaluation.running.records import kind, text_field
 
 TYPES = ("attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other")
 """By index modulo 8."""

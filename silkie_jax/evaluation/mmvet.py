@@ -30,7 +30,8 @@ from silkie_jax.evaluation.prompts import judge_prompt
 from silkie_jax.evaluation.rules.judged import failure_notes, named, needed
 from silkie_jax.evaluation.rules.ratings import first_grade, mmvet_grade, mmvet_grade_vlmevalkit
 from silkie_jax.evaluation.rules.sums import Sums, Totals, ratio
-from silkie_jax.evaluation.running.files import FilePicture, field, kind, read_json, text_field
+from silkie_jax.evaluation.running.files import FilePicture, field, read_json
+from silkie_jax.evaluation.running.records import kind, text_field
 
 TEMPERATURES = (0.0, 0.0, 0.5, 1.0, 1.5, 2.0)
 """Of the six requests: the first retry is still at 0."""

@@ -31,8 +31,9 @@ from silkie_jax.evaluation.rules.judged import failure_notes, named, until_said,
 from silkie_jax.evaluation.rules.letters import mrag_letter
 from silkie_jax.evaluation.rules.ratings import choice_content, mrag_verdict
 from silkie_jax.evaluation.rules.sums import Sums, Totals, ratio
-from silkie_jax.evaluation.running.files import FilePicture, id_field, kind, read_json_lines, text_field
+from silkie_jax.evaluation.running.files import FilePicture, field
 from silkie_jax.evaluation.running.parquet import ParquetPicture, parquet_rows
+from silkie_jax.evaluation.running.records import id_field, kind, read_records, text_field
 
 LETTERS = ("A", "B", "C", "D")
 RAG = {"none": None, "retrieved": "retrieved_images", "examples": "gt_images"}
@@ -95,8 +96,7 @@ def _choice(record: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def _exported(file: Path) -> Iterator[tuple[str, dict[str, Any], Picture, Any]]:
-    for line, record in read_json_lines(file):
-        where = f"{file}: line {line}"
+    for where, record in read_records(file):
 
         def picture(name: Any, where: str = where) -> Picture:
             if not isinstance(name, str):
@@ -142,24 +142,16 @@ def read_answers(path: Path, items: list[Item] | None, settings: Settings) -> tu
     known = {item.id: item for item in items or ()}
     made: dict[str, Item] = {}
     answers = []
-    for line, record in read_json_lines(path):
-        where = f"{path}: line {line}"
+    for where, record in read_records(path):
         id = id_field(record, "qs_id", where)
         if id in made:
             raise UserError(f"{where}: question {id} was answered before: remove one")
-        output = record.get("output")
-        if output is None and "output" in record:
-            output = ""
-        if not isinstance(output, str):
-            raise UserError(
-                f"{where}: 'output' must be a text, not {kind(output) if 'output' in record else 'missing'}"
-            )
+        output = field(record, "output", where)
+        output = "" if output is None else text_field(record, "output", where)
         if items is not None and id not in known:
             raise UserError(f"{where}: the data has no question {id}")
         made[id] = known[id] if items is not None else _from_answer(record, id, where)
         answers.append(Answer(id, output))
-    if not answers:
-        raise UserError(f"{path}: no answers")
     return items or list(made.values()), answers
 
 

@@ -108,36 +108,6 @@ def field(record: dict[str, Any], name: str, where: str) -> Any:
     return record[name]
 
 
-def text_field(record: dict[str, Any], name: str, where: str) -> str:
-    """A field that must be there and be a text.
-
-    Raises:
-        UserError: names what is missing or what else it is.
-    """
-    value = field(record, name, where)
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {name!r} must be a text, not {kind(value)}")
-    return value
-
-
-def id_field(record: dict[str, Any], name: str, where: str) -> str:
-    """A field that tells records apart, a text or a whole number; as a text.
-
-    Raises:
-        UserError: it is missing, or something else.
-    """
-    value = field(record, name, where)
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise UserError(f"{where}: {name!r} must be a text or a whole number, not {kind(value)}")
-    return str(value)
-
-
-def kind(value: Any) -> str:
-    """What a JSON value is, in a word, for errors."""
-    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number"}
-    return {**names, str: "a text", list: "a list", dict: "an object"}.get(type(value), type(value).__name__)
-
-
 @dataclass(frozen=True)
 class FilePicture:
     """An image file; the first of `places` that exists. `hint` says where it comes from."""

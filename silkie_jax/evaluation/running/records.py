@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from silkie_jax.errors import UserError
-from silkie_jax.evaluation.running.files import field, read_lines, read_text
+from silkie_jax.evaluation.running.files import field, read_json, read_lines
 
 Record = tuple[str, dict[str, Any]]
 """Where it stands, for messages ("FILE: line 3"), and what it says."""
@@ -27,11 +27,8 @@ def read_records(path: Path) -> list[Record]:
 
 
 def _from_list(path: Path) -> list[Record]:
-    try:
-        found = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno}: not JSON ({error.msg})") from None
-    return [(f"{path}: entry {k}", _an_object(entry, f"{path}: entry {k}")) for k, entry in enumerate(found, start=1)]
+    found = enumerate(read_json(path), start=1)
+    return [(f"{path}: entry {k}", _an_object(entry, f"{path}: entry {k}")) for k, entry in found]
 
 
 def _from_lines(path: Path, lines: Iterable[str]) -> list[Record]:
@@ -45,6 +42,8 @@ def _from_lines(path: Path, lines: Iterable[str]) -> list[Record]:
             found = json.loads(line.removesuffix(","))
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: not JSON ({error.msg}); expected one JSON object a line") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not JSON that can be read ({error})") from None
         records.append((where, _an_object(found, where)))
     return records
 

@@ -10,7 +10,8 @@ from silkie_jax.durable import sync
 from silkie_jax.errors import UserError
 from silkie_jax.evaluation.benchmark import Answer, Benchmark, Exchange, Item, Replies, Settings
 from silkie_jax.evaluation.rules.judged import named
-from silkie_jax.evaluation.running.files import kind, read_json, read_json_lines, read_text
+from silkie_jax.evaluation.running.files import read_json, read_json_lines, read_text
+from silkie_jax.evaluation.running.records import kind
 
 EMPTY = "no reply"
 """The outcome of a dialogue that a file names without any reply."""
@@ -38,7 +39,7 @@ def read_replies(
     if _ours(raw):
         exchanges = _from_lines(path, raw)
     else:
-        if official is not None:
+        if official is not None and not _plain(raw):
             try:
                 found = official(raw, items, answers)
             except UserError as error:
@@ -74,6 +75,12 @@ def _ours(raw: Any) -> bool:
     if isinstance(raw, dict) and isinstance(raw.get("replies"), list) and isinstance(raw.get("key"), str):
         return True  # a single line
     return isinstance(raw, list) and bool(raw) and all(isinstance(r, dict) and "key" in r for r in raw)
+
+
+def _plain(raw: Any) -> bool:
+    """Whether it is a list or an object of texts or lists, which needs no benchmark to be read."""
+    values = raw.values() if isinstance(raw, dict) else raw if isinstance(raw, list) else [None]
+    return all(isinstance(value, str | list) for value in values)
 
 
 def _from_lines(path: Path, raw: Any) -> list[Exchange]:
