@@ -39,8 +39,8 @@ from silkie_jax.evaluation.rules.valor_rows import (
     read_features,
     strangers,
 )
-from silkie_jax.evaluation.running.files import FilePicture, field, id_field, read_json, read_text, text_field
-from silkie_jax.evaluation.running.records import Record, read_records
+from silkie_jax.evaluation.running.files import FilePicture, field, read_json, read_text
+from silkie_jax.evaluation.running.records import Record, id_field, read_records, text_field
 from silkie_jax.evaluation.running.shapes import an_object
 
 ABOUT = About(

@@ -11,7 +11,8 @@ from silkie_jax.evaluation.benchmark import Ask, Dialogue
 from silkie_jax.evaluation.prompts import judge_prompt
 from silkie_jax.evaluation.rules.valor_parts import PARTS, without_dropped
 from silkie_jax.evaluation.rules.words import word_data
-from silkie_jax.evaluation.running.files import field, kind
+from silkie_jax.evaluation.running.files import field
+from silkie_jax.evaluation.running.records import kind
 from silkie_jax.evaluation.running.shapes import a_list, an_object, some_words
 
 TRIES = 3

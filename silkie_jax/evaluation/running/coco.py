@@ -8,7 +8,8 @@ from typing import Any
 
 from silkie_jax.errors import UserError
 from silkie_jax.evaluation.running.files import field as need
-from silkie_jax.evaluation.running.files import id_field, read_json, text_field
+from silkie_jax.evaluation.running.files import read_json
+from silkie_jax.evaluation.running.records import id_field, text_field
 from silkie_jax.evaluation.running.shapes import a_list, an_object
 
 FILES = tuple(f"{kind}_{split}2014.json" for split in ("val", "train") for kind in ("instances", "captions"))

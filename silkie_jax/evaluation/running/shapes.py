@@ -3,7 +3,7 @@
 from typing import Any
 
 from silkie_jax.errors import UserError
-from silkie_jax.evaluation.running.files import kind
+from silkie_jax.evaluation.running.records import kind
 
 
 def an_object(value: Any, where: str) -> dict[str, Any]:
