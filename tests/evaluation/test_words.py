@@ -87,7 +87,12 @@ def test_nouns_and_lemmas_go_by_tags(monkeypatch):
 class TestLikeness:
     def test_recorded(self, tmp_path):
         alike = recorded_likeness(write(tmp_path / "s.json", [{"a": "sea", "b": "ocean", "similarity": 0.9}]))
-        assert [alike("sea", "ocean"), alike("ocean", "sea"), alike("sea", "dog"), alike("dog", "dog")] == [0.9, 0.9, 0, 1]
+        assert [alike("sea", "ocean"), alike("ocean", "sea"), alike("sea", "dog"), alike("dog", "dog")] == [
+            0.9,
+            0.9,
+            0,
+            1,
+        ]
         assert alike.table() == [{"a": "sea", "b": "ocean", "similarity": 0.9}]
         assert "s.json (1 pairs" in alike.name
 
@@ -99,7 +104,10 @@ class TestLikeness:
             ([{"a": "x", "b": "y"}], "row 1: no field 'similarity'"),
             ([{"a": "x", "b": 3, "similarity": 1}], "row 1: b must be a text"),
             ([{"a": "x", "b": "y", "similarity": True}], "row 1: similarity is True"),
-            ([{"a": "x", "b": "y", "similarity": 0.1}, {"a": "y", "b": "x", "similarity": 0.2}], "row 2: .* remove one"),
+            (
+                [{"a": "x", "b": "y", "similarity": 0.1}, {"a": "y", "b": "x", "similarity": 0.2}],
+                "row 2: .* remove one",
+            ),
         ],
     )
     def test_other_tables(self, tmp_path, rows, message):
