@@ -129,11 +129,28 @@ def _read_ids(path: Path) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def _picture(data: Path, i: int, image: CocoImage) -> FilePicture:
+@dataclass(frozen=True)
+class CocoPicture:
+    """An image of a split; where it may lie is looked up when it is read, since there are 120,000 of them."""
+
+    name: str
+    data: Path
+    split: str
+
+    def read(self) -> bytes:
+        """The file's bytes.
+
+        Raises:
+            UserError: it is in none of the folders.
+        """
+        data, split = self.data, self.split
+        folders = (data / split, data / "images" / split, data / "images", data.parent / split, data)
+        return FilePicture(self.name, tuple(f / self.name for f in folders), f"COCO's {split}.zip has it").read()
+
+
+def _picture(data: Path, i: int, image: CocoImage) -> CocoPicture:
     split = f"{image.split}2014"
-    name = f"COCO_{split}_{i:012d}.jpg"
-    folders = (data / split, data / "images" / split, data / "images", data.parent / split, data)
-    return FilePicture(name, tuple(folder / name for folder in folders), f"COCO's {split}.zip has it")
+    return CocoPicture(f"COCO_{split}_{i:012d}.jpg", data, split)
 
 
 def prompt(item: Item, style: str) -> str:

@@ -113,7 +113,7 @@ class TestDescriptions:
         assert figures(found)["Cog"] == 100  # equals an associate of "dog", and is like one of "sea"
 
     def test_an_annotated_word_without_associates_is_named(self, tmp_path):
-        with pytest.raises(UserError, match="relation.json: no entry 'yak', which item 1"):
+        with pytest.raises(UserError, match=r"relation.json: no entry 'yak', which item 1"):
             described(tmp_path, ["yak"], [], ["dog"])
 
     def test_nouns_are_found_where_none_are_recorded(self, tmp_path, monkeypatch):
@@ -258,10 +258,10 @@ def test_other_settings(tmp_path):
     answers = write(folder / "r.json", [{"id": 1, "response": "No"}])
     with pytest.raises(UserError, match="evaluation_type is 'x'; there are a"):
         score("amber", folder, answers, evaluation_type="x")
-    with pytest.raises(UserError, match="none.json: no such file"):
+    with pytest.raises(UserError, match=r"none.json: no such file"):
         score("amber", folder, answers, nouns=str(folder / "none.json"))
     write(folder / "nouns.json", {"1": {"kept": []}})
-    with pytest.raises(UserError, match="nouns.json: '1': nouns: expected a list, found null"):
+    with pytest.raises(UserError, match=r"nouns.json: '1': nouns: expected a list, found null"):
         score("amber", folder, answers)
     with pytest.raises(UserError, match="--data FOLDER"):
         score("amber", None, answers)

