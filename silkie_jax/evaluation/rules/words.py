@@ -71,7 +71,7 @@ _TWO_IN_ONE = re.compile(r"\b(?:cannot|gimme|gonna|gotta|lemme|wanna)\b", re.IGN
 
 
 def _plain_words(text: str) -> list[str] | None:
-    """The words of one sentence of letters, digits, commas and a last full stop, as NLTK has them but ten times as fast.
+    """The words of a sentence of letters, digits, commas and a last full stop: as NLTK has them, ten times as fast.
 
     Captions are mostly such. None for any other text.
     """

@@ -72,7 +72,7 @@ def _add(path: Path, images: dict[int, CocoImage], wanted: Collection[int] | Non
     split = "val" if "val2014" in path.name else "train"
     names = _categories(whole, path) if boxes else {}
     for number, row in enumerate(_list(whole, "images", path), start=1):
-        image = row.get("id") if isinstance(row, dict) else None
+        image: Any = row.get("id") if isinstance(row, dict) else None
         if type(image) is not int:
             where = f"{path}: images, row {number}"
             image = image_id(an_object(row, where).get("id"), where)
