@@ -27,7 +27,7 @@ ABOUT = About(
     title="AMBER",
     data="the repository's data/: annotations.json; relation.json and safe_words.txt for descriptions; query_*.json "
     "and images AMBER_n.jpg in image/ for answers; similarity.json and nouns.json where they are recorded",
-    figures=(Figure("AMBER", 100.0), Figure("CHAIR", 0.0, faults=True), Figure("F1", 100.0), Figure("Cover", 100.0)),
+    figures=(Figure("AMBER", 100.0), Figure("CHAIR", 0.0, worst=100.0), Figure("F1", 100.0), Figure("Cover", 100.0)),
     decoding=Decoding(512),
     prompts={
         "official": "the query as it stands",

@@ -29,7 +29,7 @@ ABOUT = About(
     title="CHAIR",
     data="COCO's annotations_trainval2014: instances_{train,val}2014.json and captions_{train,val}2014.json in the "
     "folder; images in val2014/ and train2014/ in it or beside it (for answers only)",
-    figures=(Figure("CHAIRi", 0.0, faults=True), Figure("CHAIRs", 0.0, faults=True), Figure("recall", 1.0)),
+    figures=(Figure("CHAIRi", 0.0, worst=1.0), Figure("CHAIRs", 0.0, worst=1.0), Figure("recall", 1.0)),
     decoding=Decoding(512),
     prompts={
         "detail": "a description in detail, as lmms-eval asks for; there is no official one",
@@ -137,15 +137,22 @@ class CocoPicture:
     data: Path
     split: str
 
+    def exists(self) -> bool:
+        """Whether one of the folders has it."""
+        return self._file().exists()
+
     def read(self) -> bytes:
         """The file's bytes.
 
         Raises:
             UserError: it is in none of the folders.
         """
+        return self._file().read()
+
+    def _file(self) -> FilePicture:
         data, split = self.data, self.split
         folders = (data / split, data / "images" / split, data / "images", data.parent / split, data)
-        return FilePicture(self.name, tuple(f / self.name for f in folders), f"COCO's {split}.zip has it").read()
+        return FilePicture(self.name, tuple(f / self.name for f in folders), f"COCO's {split}.zip has it")
 
 
 def _picture(data: Path, i: int, image: CocoImage) -> CocoPicture:

@@ -1,5 +1,6 @@
 """`evaluate_with`: parts of benchmarks, answered and scored at every checkpoint by the code of `silkie evaluate`."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -31,8 +32,8 @@ class Benchmarks:
     def __bool__(self) -> bool:
         return bool(self._asked)
 
-    def measure(self, model: QwenVL) -> dict[str, float]:
-        """Headline figures as `eval_BENCHMARK/FIGURE`; undefined ones are left out.
+    def measure(self, model: QwenVL, say: Callable[[str], object] = print) -> dict[str, float]:
+        """Headline figures as `eval_BENCHMARK/FIGURE`; undefined ones are left out. Each benchmark is a line to say.
 
         The engine lives as long as this call: its decoder and keys and values take memory beside the run's.
         """
@@ -44,7 +45,9 @@ class Benchmarks:
         engine = Engine(model, context=self._context, slots=slots, mesh=self._mesh, kernel=self._kernel, keeper=keeper)
         found: dict[str, float] = {}
         for _, questions in self._asked:
-            found |= self._figures(engine, questions)
+            figures = self._figures(engine, questions)
+            say("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+            found |= figures
         return found
 
     def _figures(self, engine: Engine, questions: Questions) -> dict[str, float]:

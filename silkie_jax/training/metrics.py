@@ -57,8 +57,7 @@ class MetricsWriter:
             self._board.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log(dict(values), step=step)
-        names = [*_SHOWN, *(name for name in values if name.startswith("eval_") and "/" in name and name not in _QUIET)]
-        shown = "  ".join(f"{name} {values[name]:.4g}" for name in names if name in values)
+        shown = "  ".join(f"{name} {values[name]:.4g}" for name in _SHOWN if name in values)
         self.say(f"step {step}  {shown}")
 
     def evaluated(self, step: int) -> bool:
