@@ -119,13 +119,13 @@ def score_answers(
     parser = parser or about.parsers[0]
     if parser not in about.parsers:
         raise UserError(f"--parser {parser}: {name} has {', '.join(about.parsers)}")
+    if replies is not None and about.judge is None:
+        raise UserError(f"--replies: {name} has no judge")
     if not answers.exists():
         raise UserError(f"{answers}: no such file or folder")
     origin, items, found = read_all(name, benchmark, answers, data, given)
     told = None
     if replies is not None:
-        if about.judge is None:
-            raise UserError(f"--replies: {name} has no judge")
         told = read_replies(replies, benchmark, items, found, given)
     score = benchmark.score(items, found, told, parser, given)
     return Scored(name, benchmark, items, found, origin, told, parser, given, score)
