@@ -20,7 +20,8 @@ from silkie_jax.preference.losses import LossOptions
 from silkie_jax.preference.rows import encode_prompt, encode_response, make_row
 from silkie_jax.training.config_file import make_config
 from silkie_jax.training.loop import save_result
-from silkie_jax.training.step import Objective, decay_mask, make_optimizer, make_schedule, trainable_filter
+from silkie_jax.training.optimizer import decay_mask, make_optimizer, make_schedule, trainable_filter
+from silkie_jax.training.step import Objective
 from silkie_jax.training.trainer import Program, Trainer, load_policy
 from tests.reference.objective import AdamW, log_softmax, pair_losses
 from tests.reference.qwen_vl import QwenVL, load_checkpoint
