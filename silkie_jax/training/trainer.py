@@ -66,8 +66,8 @@ class Program:
             decayed=decay_mask,
             ratios={part: rate / o.learning_rate for part, rate in self.own_rates().items()},
         )
-        blank = nnx.eval_shape(partial(_blank_policy, config, model_config)) if policy is None else policy
-        self.graph, trainable, frozen = self._split(blank)
+        blank = blank_policy(config, model_config) if policy is None else policy
+        self.graph, trainable, frozen = split_policy(blank, config)
         trainable, frozen = self._placed(trainable, jnp.float32), self._placed(frozen, jnp.dtype(config.dtype))
         where = jax.tree.map(lambda x: x.sharding, trainable)
         shapes = jax.eval_shape(self.optimizer.init, trainable)
@@ -97,14 +97,9 @@ class Program:
         rates = {"vision": o.vision_learning_rate, "resampler": o.resampler_learning_rate}
         return {part: rate for part, rate in rates.items() if rate is not None}
 
-    def _split(self, model: QwenVL) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-        """(structure, trained, frozen) of a policy."""
-        chosen = trainable_filter(lora=self.config.lora is not None, train_vision=self.config.train_vision)
-        return nnx.split(model, chosen, ...)
-
     def start(self, policy: QwenVL) -> State:
         """The state that training starts from. What is trained is kept in float32, whatever it is computed in."""
-        _, trainable, frozen = self._split(policy)
+        _, trainable, frozen = split_policy(policy, self.config)
         trainable = jax.tree.map(_cast_and_place, trainable, self.shapes.trainable)
         frozen = jax.tree.map(_cast_and_place, frozen, self.shapes.frozen)
         reference = jax.tree.map(jnp.copy, trainable) if self.config.reference == "copy" else None
@@ -243,10 +238,21 @@ def load_policy(config: TrainConfig, mesh: Mesh) -> QwenVL:
     return model
 
 
-def _blank_policy(config: TrainConfig, model_config: QwenVLConfig) -> QwenVL:
-    model = QwenVL(model_config, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(0))
-    _draw_lora(model, config)
-    return model
+def blank_policy(config: TrainConfig, model_config: QwenVLConfig) -> QwenVL:
+    """The policy without its arrays: shapes in their place."""
+
+    def make() -> QwenVL:
+        model = QwenVL(model_config, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(0))
+        _draw_lora(model, config)
+        return model
+
+    return nnx.eval_shape(make)
+
+
+def split_policy(model: QwenVL, config: TrainConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(structure, trained, frozen) of a policy."""
+    chosen = trainable_filter(lora=config.lora is not None, train_vision=config.train_vision)
+    return nnx.split(model, chosen, ...)
 
 
 def _draw_lora(model: QwenVL, config: TrainConfig) -> None:
