@@ -11,9 +11,11 @@ from silkie_jax.training.checkpoint import kept_steps
 from silkie_jax.training.config_file import load_config, make_config
 from silkie_jax.training.loop import train
 from silkie_jax.training.result import export_run
-from tests.training.support import make_tiny, record, write_corpus
+from tests.training.support import make_tiny, read_lines, record, write_corpus
 
 RESULTS = ("adapter", "model")
+# What names a path, of the model that an adapter belongs to, or a time.
+DATED = ("adapter_config.json", "_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,11 @@ def base(tmp_path_factory):
 
 KINDS = {
     "adapter": {"lora": {"rank": 2, "alpha": 3}},
-    "tower and adapter": {"lora": {"rank": 2}, "train_vision": "resampler"},
+    "tower and adapter": {
+        "lora": {"rank": 2},
+        "train_vision": "resampler",
+        "optimizer": {"learning_rate": 1e-2, "warmup_ratio": 0, "resampler_learning_rate": 1e-3},
+    },
     "all weights": {"lora": None, "train_vision": "all"},
 }
 
@@ -102,9 +108,19 @@ def test_a_step_that_is_not_kept_is_refused_with_those_that_are(unfinished, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_goes_on_after_its_export(unfinished, tmp_path):
+def test_a_run_goes_on_after_its_export_to_the_same_end(finished, unfinished, tmp_path):
     """The save that was under way is the run's to remove."""
-    export_run(unfinished, tmp_path / "out", step=2)
+    shutil.rmtree(unfinished / "checkpoints" / "4")
+    export_run(unfinished, tmp_path / "out")
     assert (unfinished / "checkpoints" / "6.orbax-checkpoint-tmp-7" / "half").exists()
-    train(dataclasses.replace(load_config(unfinished / "config.yaml"), run_dir=str(unfinished)))
-    assert any((unfinished / name).exists() for name in RESULTS)
+    config = dataclasses.replace(load_config(unfinished / "config.yaml"), run_dir=str(unfinished))
+    train(config)
+    found = [name for name in RESULTS if (finished / name).exists()]
+    assert found
+    for name in found:
+        ours, expected = contents(unfinished / name), contents(finished / name)
+        assert set(ours) == set(expected)
+        assert [k for k in ours if ours[k] != expected[k] and not k.endswith(DATED)] == []
+    (line,) = [line for line in read_lines(unfinished / "metrics.jsonl") if line["step"] == 4]
+    own = {name for name in line if name.endswith("_learning_rate")}
+    assert own == ({"resampler_learning_rate"} if config.optimizer.resampler_learning_rate else set())
