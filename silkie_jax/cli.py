@@ -251,25 +251,28 @@ def _score(args: argparse.Namespace) -> None:
 
 def _chat(args: argparse.Namespace) -> None:
     from silkie_jax.generation.answer import answer
+    from silkie_jax.hardware.programs import kept_programs, users_folder
 
-    reply = answer(
-        args.model,
-        args.prompt,
-        images=args.image,
-        adapter=args.adapter,
-        greedy=args.greedy,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        max_new_tokens=args.max_new_tokens,
-        system=args.system,
-        dtype=args.dtype,
-    )
+    with kept_programs(users_folder()):
+        reply = answer(
+            args.model,
+            args.prompt,
+            images=args.image,
+            adapter=args.adapter,
+            greedy=args.greedy,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+            max_new_tokens=args.max_new_tokens,
+            system=args.system,
+            dtype=args.dtype,
+        )
     print(json.dumps({"response": reply.text, "tokens": reply.tokens}, ensure_ascii=False) if args.json else reply.text)
 
 
 def _serve(args: argparse.Namespace) -> None:
     from silkie_jax.hardware.mesh import read_mesh
+    from silkie_jax.hardware.programs import kept_programs, users_folder
     from silkie_jax.image_limits import MAX_PIXELS
     from silkie_jax.serving.limits import Limits
     from silkie_jax.serving.serve import ServeOptions, serve
@@ -283,7 +286,8 @@ def _serve(args: argparse.Namespace) -> None:
     )
     same = ("model", "adapter", "dtype", "name", "host", "port", "api_key_env", "slots", "context", "queue")
     options = {name: getattr(args, name) for name in (*same, "top_logprobs", "end_with_stdin")}
-    serve(ServeOptions(**options, allow_hosts=args.allow_host, mesh=read_mesh(args.mesh), limits=limits))
+    with kept_programs(users_folder()):
+        serve(ServeOptions(**options, allow_hosts=args.allow_host, mesh=read_mesh(args.mesh), limits=limits))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from silkie_jax.scoring import score as scoring
 from tests.training.support import image_bytes, make_tiny, read_lines, record, write_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
-VERBS = ("convert", "export", "corpus", "train", "reference", "compile", "score", "chat", "serve")
+VERBS = ("convert", "export", "corpus", "train", "reference", "compile", "score", "chat", "serve", "evaluate")
 
 
 @pytest.fixture
