@@ -9,8 +9,9 @@ from silkie_jax import cli
 from silkie_jax.evaluation.report.runs import published, read_runs
 from silkie_jax.evaluation.running import answers as files
 from silkie_jax.evaluation.table import BENCHMARKS, find_benchmark
+from tests.endpoints.server import Script, Server
 from tests.evaluation.support import write_mcq, write_mme, write_yesno
-from tests.training.support import make_tiny
+from tests.training.support import image_bytes, make_tiny
 
 
 @pytest.fixture
@@ -179,3 +180,60 @@ def test_a_mistake_is_one_line(silkie, runs, folder, tmp_path, arguments, messag
 def test_runs_are_named_by_their_folders(runs):
     base, dpo = runs
     assert [c.name for c in read_runs([str(base), f"other={dpo}"])] == ["base", "other"]
+
+
+# With a judge
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """MM-Vet in small."""
+    (tmp_path / "data").mkdir()
+    record = {"imagename": "i.png", "answer": "a", "capability": ["ocr"]}
+    asked = {f"v1_{n}": {**record, "question": f"q{n}?"} for n in range(3)}
+    (tmp_path / "data" / "mm-vet.json").write_text(json.dumps(asked))
+    (tmp_path / "data" / "images").mkdir()
+    (tmp_path / "data" / "images" / "i.png").write_bytes(image_bytes(0))
+    return tmp_path / "data"
+
+
+def answers_and_grades(request: dict) -> str:
+    """The model says that it does not know; the judge gives the number of the question as tenths."""
+    content = request["messages"][-1]["content"]
+    if request["model"] == "judge":
+        return f"0.{content.split(chr(10) + 'q')[-1][0]}"
+    return "I do not know"
+
+
+def test_answers_are_judged_as_often_as_asked_and_paid_for_once(silkie, questions, tmp_path):
+    with Server(Script(reply=answers_and_grades)) as server:
+        agent = {"model": "judge", "base_url": server.url, "price": {"input": 1.0, "output": 2.0}}
+        (tmp_path / "judge.yaml").write_text(json.dumps({"agent": agent}))
+        model = ["--model", "theirs", "--endpoint", server.url, "--data", questions, "--out", tmp_path / "run"]
+        judged = [*model, "--judge", tmp_path / "judge.yaml", "--runs", "2"]
+        status, said, _ = silkie("evaluate", "run", "mmvet", *model)
+        assert status == 0
+        assert "its score needs a judge (as officially gpt-4-0613)" in said
+        status, said, _ = silkie("evaluate", "run", "mmvet", *judged, "--dry-run")
+        assert status == 0
+        assert re.search(r"judge +6 ", said)  # requests that are to come, and their cost
+        assert not any(seen.model == "judge" for seen in server.log)
+        for _ in range(2):
+            assert silkie("evaluate", "run", "mmvet", *judged)[0] == 0
+        assert len(server.log) == 3 + 6
+    score = json.loads((tmp_path / "run" / "mmvet" / "score.json").read_text())
+    assert score["official"]["total"] == 10.0
+    assert score["official"]["runs"] == [10.0, 10.0]
+    assert score["judge"] == {"runs": 2, "models": {"judge-2026-01-01": 6}, "failed": {}}
+    # Recorded replies are scored again without anybody to ask.
+    replies = tmp_path / "run" / "mmvet" / "replies.jsonl"
+    command = [
+        "evaluate",
+        "score",
+        "mmvet",
+        tmp_path / "run" / "mmvet" / "answers.jsonl",
+        "--replies",
+        replies,
+        "--json",
+    ]
+    assert json.loads(silkie(*command)[1])["official"] == score["official"]
