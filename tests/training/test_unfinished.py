@@ -1,6 +1,7 @@
 """`silkie export` of a run that is not finished, or goes on: from its checkpoints, which stay as they are."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -79,6 +80,18 @@ def test_the_last_checkpoint_gives_what_the_finished_run_gives(finished, unfinis
         assert set(ours) == set(expected)
     assert contents(unfinished) == before
     assert kept_steps(unfinished / "checkpoints") == [2, 4]
+
+
+def test_an_adapter_that_was_scaled_by_the_root_of_its_rank_stays_so(base, tmp_path):
+    """Its scale is in no checkpoint, and not what alpha and rank of the run's configuration give."""
+    first = train(make_config(base | KINDS["adapter"] | {"run_dir": str(tmp_path / "first")}))
+    path = first / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_rslora": True}))
+    values = {"adapter": str(first / "adapter"), "steps": 2, "run_dir": str(tmp_path / "second")}
+    second = train(make_config(base | values))
+    export_run(second, tmp_path / "expected")
+    export_run(second, tmp_path / "merged", step=2)
+    assert contents(tmp_path / "merged") == contents(tmp_path / "expected")
 
 
 def test_an_earlier_step_of_a_finished_run_is_another_model(finished, base, tmp_path, capsys):
