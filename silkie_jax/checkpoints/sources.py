@@ -270,11 +270,7 @@ def lay_out(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-<<<<<<< HEAD
     """Keeps Orbax's warnings (about arrays that are not jax.Array, say) from users, who can do nothing about them."""
-=======
-    """Keeps Orbax's warnings, of arrays that are not jax.Array say, from the user, who can do nothing about them."""
->>>>>>> imitate
     before = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
