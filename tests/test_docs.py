@@ -1,5 +1,6 @@
 """The documentation keeps up with the code: every command parses, every key is described, every file exists."""
 
+import argparse
 import dataclasses
 import importlib
 import re
@@ -30,6 +31,20 @@ def test_commands_parse(command):
     if hasattr(args, "overrides") and not hasattr(args, "topology"):
         given = dict(override.split("=") for override in args.overrides)
         assert {"model", "corpus", "run_dir"} <= given.keys()
+
+
+def verbs_of(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """All verbs below a parser, those of verbs too."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    found = [verb for action in below for verb in action.choices.values()]
+    return [*found, *(verb for one in found for verb in verbs_of(one))]
+
+
+@pytest.mark.parametrize("verb", verbs_of(make_parser()), ids=lambda verb: verb.prog)
+def test_every_verb_has_an_example_that_parses(verb):
+    example = verb.epilog.removeprefix("example:").strip()
+    assert example.startswith(verb.prog)
+    make_parser().parse_args(shlex.split(example)[1:])
 
 
 def test_there_are_commands_for_every_verb():

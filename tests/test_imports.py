@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Package -> the others of ours it may import, besides the leaves. Importing only for type checkers is free.
-_LEAVES = {"errors", "locks", "durable"}
+_LEAVES = {"errors", "locks", "durable", "arguments"}
 _BELOW = {"corpus", "models", "nn", "hardware", "checkpoints"}
 ALLOWED = {
     "silkie_jax.nn": set(),
