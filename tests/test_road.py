@@ -134,7 +134,9 @@ def test_road(golden, photos, published, tmp_path, capsys):
         evaluation_fraction: 0.02
     """)
     silkie("train", tmp_path / "train.yaml")
-    lines = read_lines(run / "metrics.jsonl")
+    before, *lines = read_lines(run / "metrics.jsonl")
+    assert before["step"] == 0
+    assert before["lengths/ratio"] < 1 / 1.2  # the answers that are preferred here are the shorter ones
     assert lines[0]["rewards/accuracies"] <= 0.6
     assert lines[-1]["rewards/accuracies"] >= 0.8
     assert lines[-1]["loss"] < 0.9 * np.log(2)
