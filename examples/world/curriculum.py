@@ -27,7 +27,7 @@ def thing_first(scene: Scene, rng: random.Random) -> str:
     """A description in any order, in which what stands there comes before where: "A large red circle is at the ..." """
     objects = list(scene.objects)
     rng.shuffle(objects)
-    said = [f"{questions.phrase(one)[2:].capitalize()} is at the {one.place}." for one in objects]
+    said = [f"A {questions.phrase(one)[2:]} is at the {one.place}." for one in objects]
     return " ".join(said)
 
 
@@ -45,7 +45,12 @@ def exchanges(scene: Scene, rng: random.Random, count: int) -> list[Question]:
 def looking(scene: Scene, rng: random.Random, number: int) -> tuple[str, list[str]]:
     """Prompt and responses of a row of the first lesson."""
     if number % 2:
-        return ASK_AND_ANSWER, [f"{one.text} {one.answer}" for one in exchanges(scene, rng, 7)]
+        return ASK_AND_ANSWER, [f"{one.text}\n{one.answer}" for one in exchanges(scene, rng, 7)]
+    return rng.choice(questions.DESCRIBE), [questions.describe(scene), thing_first(scene, rng)]
+
+
+def describing(scene: Scene, rng: random.Random, number: int) -> tuple[str, list[str]]:
+    """Prompt and responses of a row of descriptions alone."""
     return rng.choice(questions.DESCRIBE), [questions.describe(scene), thing_first(scene, rng)]
 
 
@@ -60,7 +65,7 @@ def answering(scene: Scene, rng: random.Random, number: int) -> tuple[str, list[
     return (one.text + questions.YES_NO, [one.short]) if rng.random() < 0.5 else (one.text, [one.answer])
 
 
-LESSONS = {"looking": looking, "answering": answering}
+LESSONS = {"describing": describing, "looking": looking, "answering": answering}
 
 
 def rows(lesson: str, count: int, seed: int, most: int = 4) -> Iterator[tuple[Scene, dict[str, Any]]]:

@@ -1,7 +1,11 @@
-"""What can be said and asked about a scene, with the true answer: the tasks of MME and POPE on coloured shapes."""
+"""What can be said and asked about a scene, with the true answer: the tasks of MME and POPE on coloured shapes.
+
+`yes_no` and `open_question` draw questions; `read` takes the text of one, whoever wrote it, and says what is true.
+"""
 
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from examples.world.scenes import COLOURS, PLACES, SHAPES, WORDS, Scene, Sign, Thing
@@ -15,26 +19,28 @@ DESCRIBE = (
     "Please describe this image in detail.",
 )
 YES_NO = " Please answer yes or no."
-"""What MME's questions end in."""
-TASKS = ("existence", "count", "position", "color", "OCR")
-"""Those of MME's tasks that can be asked about shapes, under its names."""
+"""What MME's questions end in; they are answered in a word."""
+YES_NO_TASKS = ("existence", "count", "position", "color", "shape", "OCR")
+"""MME's names where MME has the task."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its true answers.
+    """A question with its true answer.
 
     Attributes:
-        task: one of TASKS, "shape", "comparison" or "description".
+        task: one of YES_NO_TASKS, "comparison" or "description".
         text: what is asked.
-        answer: the true answer in one sentence, or a description.
+        answer: the true answer in one sentence, in a word, or a description: as the question asks for.
         truth: "yes" or "no" where that is what is asked for, else None.
+        agreement: what one answers who agrees whatever is true; the true answer where that makes no sense.
     """
 
     task: str
     text: str
     answer: str
-    truth: str | None = None
+    truth: str | None
+    agreement: str
 
     @property
     def short(self) -> str:
@@ -56,8 +62,13 @@ def sentence(one: Thing | Sign) -> str:
 
 
 def number(count: int, noun: str = "object") -> str:
-    """ "two objects", "one object", "no objects" """
-    return f"{NUMBERS[count]} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
+    """ "two objects", "one object", "no crosses" """
+    return f"{NUMBERS[count]} {noun if count == 1 else plural(noun)}"
+
+
+def plural(noun: str) -> str:
+    """ "crosses" """
+    return noun + ("es" if noun.endswith("s") else "s")
 
 
 def there_are(count: int, noun: str = "object") -> str:
@@ -70,125 +81,196 @@ def describe(scene: Scene) -> str:
     return " ".join([there_are(len(scene.objects)), *map(sentence, scene.objects)])
 
 
-# Questions. Each function draws one by `rng`; `wanted` says which answer a yes/no question is to have.
-
-
-def existence(scene: Scene, rng: random.Random, wanted: bool) -> Question:
-    """Is there such a thing? Where there is not, colour or shape may occur, but not together."""
-    name = rng.choice([one.name for one in scene.things]) if wanted else rng.choice(absent(scene))
-    return _asked(
-        "existence", f"Is there a {name} in this image?", wanted, f"there is {'a' if wanted else 'no'} {name}"
-    )
-
-
 def absent(scene: Scene) -> list[str]:
-    """Names of things that the scene does not show."""
+    """Names of things that the scene does not show, though their colour or shape may occur."""
     there = {thing.name for thing in scene.things}
     return [name for name in (f"{c} {s}" for c in COLOURS for s in SHAPES) if name not in there]
 
 
-def count(scene: Scene, rng: random.Random, wanted: bool) -> Question:
-    """Are there so many objects?"""
-    true = len(scene.objects)
-    said = true if wanted else rng.choice([n for n in (1, 2, 3, 4) if n != true])
-    asked = f"{'Is' if said == 1 else 'Are'} there {number(said)} in this image?"
-    verb = "is" if true == 1 else "are"
-    return _asked("count", asked, wanted, f"there {verb} {number(true)}")
-
-
-def position(scene: Scene, rng: random.Random, wanted: bool) -> Question:
-    """Is the thing there?"""
-    thing = rng.choice(scene.things)
-    said = thing.place if wanted else rng.choice([place for place in PLACES if place != thing.place])
-    asked = f"Is the {thing.name} at the {said} of this image?"
-    return _asked("position", asked, wanted, f"the {thing.name} is at the {thing.place}")
-
-
-def color(scene: Scene, rng: random.Random, wanted: bool) -> Question:
-    """Has what stands there this colour?"""
-    thing = rng.choice(scene.things)
-    said = thing.colour if wanted else rng.choice([colour for colour in COLOURS if colour != thing.colour])
-    return _asked("color", f"Is the {thing.shape} at the {thing.place} {said}?", wanted, f"it is {thing.colour}")
-
-
-def shape(scene: Scene, rng: random.Random, wanted: bool) -> Question:
-    """Has the thing of this colour this shape?"""
-    thing = rng.choice(scene.things)
-    said = thing.shape if wanted else rng.choice([shape for shape in SHAPES if shape != thing.shape])
-    return _asked("shape", f"Is the {thing.colour} object a {said}?", wanted, f"it is a {thing.shape}")
-
-
-def written(scene: Scene, rng: random.Random, wanted: bool) -> Question:
-    """Does the sign say this? Only of a scene that has one.
-
-    Raises:
-        ValueError: it has none.
-    """
-    if scene.sign is None:
-        raise ValueError("the scene has no sign")
-    said = scene.sign.word if wanted else rng.choice([word for word in WORDS if word != scene.sign.word])
-    return _asked("OCR", f"Does the sign say {said}?", wanted, f"it says {scene.sign.word}")
-
-
-_TRUE_OR_FALSE = {"existence": existence, "count": count, "position": position, "color": color, "shape": shape}
-
-
-def yes_no(scene: Scene, rng: random.Random, task: str, wanted: bool) -> Question:
-    """A question of a task with the wanted answer.
-
-    Raises:
-        ValueError: there is no such task, or it cannot be asked of this scene.
-    """
-    if task == "OCR":
-        return written(scene, rng, wanted)
-    if task not in _TRUE_OR_FALSE:
-        raise ValueError(f"no task {task!r}")
-    return _TRUE_OR_FALSE[task](scene, rng, wanted)
+# Drawing questions.
 
 
 def tasks_of(scene: Scene) -> tuple[str, ...]:
     """The tasks that can be asked of a scene with yes or no."""
-    return (*_TRUE_OR_FALSE, "OCR") if scene.sign else tuple(_TRUE_OR_FALSE)
+    return YES_NO_TASKS if scene.sign else YES_NO_TASKS[:-1]
+
+
+def yes_no(scene: Scene, rng: random.Random, task: str, wanted: bool) -> Question:
+    """A question of a task whose true answer is yes, or no, as wanted.
+
+    Raises:
+        ValueError: there is no such task, or it cannot be asked of this scene.
+    """
+    if task not in tasks_of(scene):
+        raise ValueError(f"the scene has no question of the task {task!r}")
+    thing = rng.choice(scene.things)
+
+    def said(true: str, names: tuple[str, ...]) -> str:
+        return true if wanted else rng.choice([name for name in names if name != true])
+
+    match task:
+        case "existence":
+            name = thing.name if wanted else rng.choice(absent(scene))
+            text = f"Is there a {name} in this image?"
+        case "count":
+            true = NUMBERS[len(scene.objects)]
+            count = NUMBERS.index(said(true, NUMBERS[1:]))
+            text = f"{'Is' if count == 1 else 'Are'} there {number(count)} in this image?"
+        case "position":
+            text = f"Is the {thing.name} at the {said(thing.place, PLACES)} of this image?"
+        case "color":
+            text = f"Is the {thing.shape} at the {thing.place} {said(thing.colour, tuple(COLOURS))}?"
+        case "shape":
+            text = f"Is the {thing.colour} object a {said(thing.shape, SHAPES)}?"
+        case _:
+            assert scene.sign is not None
+            text = f"Does the sign say {said(scene.sign.word, WORDS)}?"
+    return read(scene, text)
 
 
 def open_question(scene: Scene, rng: random.Random) -> Question:
     """A question to be answered in words: where, what colour, what shape, how many, which word, which is larger."""
     thing = rng.choice(scene.things)
-    questions = [
-        Question("position", f"Where is the {thing.name}?", f"It is at the {thing.place}."),
-        Question("color", f"What colour is the {thing.shape} at the {thing.place}?", f"It is {thing.colour}."),
-        Question("shape", f"What shape is the {thing.colour} object?", f"It is a {thing.shape}."),
-        Question("count", "How many objects are there?", there_are(len(scene.objects))),
+    texts = [
+        f"Where is the {thing.name}?",
+        f"What colour is the {thing.shape} at the {thing.place}?",
+        f"What shape is the {thing.colour} object?",
+        "How many objects are there?",
+        f"How many {plural(rng.choice(SHAPES))} are there?",
     ]
-    kind = rng.choice(SHAPES)
-    same = sum(one.shape == kind for one in scene.things)
-    questions.append(Question("count", f"How many {kind}{'es' if kind == 'cross' else 's'} are there?",
-                              there_are(same, kind)))  # fmt: skip
     if scene.sign is not None:
-        questions.append(Question("OCR", "What does the sign say?", f"It says {scene.sign.word}."))
-    if pair := _of_two_sizes(scene.things, rng):
-        questions.append(comparison(*pair, rng))
-    return rng.choice(questions)
-
-
-def comparison(first: Thing, second: Thing, rng: random.Random) -> Question:
-    """Which of two things is larger; they are of different sizes."""
-    larger = first if first.size == "large" else second
-    one, other = rng.sample([first, second], 2)
-    asked = f"Which is larger, the {one.name} or the {other.name}?"
-    return Question("comparison", asked, f"The {larger.name} is larger.")
-
-
-def _of_two_sizes(things: Sequence[Thing], rng: random.Random) -> tuple[Thing, Thing] | None:
-    pairs = [(a, b) for k, a in enumerate(things) for b in things[k + 1 :] if a.size != b.size]
-    return rng.choice(pairs) if pairs else None
+        texts.append("What does the sign say?")
+    if pairs := [(a, b) for a in scene.things for b in scene.things if a.size != b.size]:
+        one, other = rng.choice(pairs)
+        texts.append(f"Which is larger, the {one.name} or the {other.name}?")
+    return read(scene, rng.choice(texts))
 
 
 def description(scene: Scene, rng: random.Random) -> Question:
     """A request for a description."""
-    return Question("description", rng.choice(DESCRIBE), describe(scene))
+    return read(scene, rng.choice(DESCRIBE))
 
 
-def _asked(task: str, text: str, wanted: bool, fact: str) -> Question:
-    truth = "yes" if wanted else "no"
-    return Question(task, text, f"{truth.capitalize()}, {fact}.", truth)
+# Reading questions.
+
+
+def read(scene: Scene, text: str) -> Question:
+    """The question that a text asks; whatever is not understood is taken for a request for a description.
+
+    Where a question takes for granted what is not so ("Where is the red circle?"), the true answer says so.
+    """
+    asked = text.strip().removesuffix(YES_NO)
+    for pattern, answer in _FORMS:
+        if found := pattern.fullmatch(asked):
+            task, *said = answer(scene, *found.groups())
+            if len(said) == 1:
+                return Question(task, text, said[0], None, said[0])
+            right, true, claimed = said
+            if text.strip() != asked:
+                return Question(task, text, "Yes." if right else "No.", "yes" if right else "no", "Yes.")
+            return Question(task, text, f"Yes, {claimed}." if right else f"No, {true}.", "yes" if right else "no",
+                            f"Yes, {claimed}.")  # fmt: skip
+    return Question("description", text, describe(scene), None, describe(scene))
+
+
+_COLOUR, _SHAPE, _PLACE = "|".join(COLOURS), "|".join(SHAPES), "|".join(PLACES)
+_SHAPES = "|".join(map(plural, SHAPES))
+_NAME = rf"(?:{_COLOUR}) (?:{_SHAPE})"
+
+
+def _named(scene: Scene, name: str) -> Thing | None:
+    return next((thing for thing in scene.things if thing.name == name), None)
+
+
+def _existence(scene: Scene, name: str) -> tuple:
+    there = _named(scene, name) is not None
+    return "existence", there, f"there is {'a' if there else 'no'} {name}", f"there is a {name}"
+
+
+def _count(scene: Scene, word: str) -> tuple:
+    count = len(scene.objects)
+    said = NUMBERS.index(word)
+    return "count", said == count, _lower(there_are(count)), _lower(there_are(said))
+
+
+def _position(scene: Scene, name: str, place: str) -> tuple:
+    thing = _named(scene, name)
+    true = f"the {name} is at the {thing.place}" if thing else f"there is no {name}"
+    return "position", thing is not None and thing.place == place, true, f"the {name} is at the {place}"
+
+
+def _color(scene: Scene, shape: str, place: str, colour: str) -> tuple:
+    thing = next((thing for thing in scene.things if (thing.shape, thing.place) == (shape, place)), None)
+    true = f"it is {thing.colour}" if thing else f"there is no {shape}"
+    return "color", thing is not None and thing.colour == colour, true, f"it is {colour}"
+
+
+def _shape(scene: Scene, colour: str, shape: str) -> tuple:
+    thing = next((thing for thing in scene.things if thing.colour == colour), None)
+    true = f"it is a {thing.shape}" if thing else f"there is no {colour} object"
+    return "shape", thing is not None and thing.shape == shape, true, f"it is a {shape}"
+
+
+def _written(scene: Scene, word: str) -> tuple:
+    true = f"it says {scene.sign.word}" if scene.sign else "there is no sign"
+    return "OCR", scene.sign is not None and scene.sign.word == word, true, f"it says {word}"
+
+
+def _where(scene: Scene, name: str) -> tuple:
+    thing = _named(scene, name)
+    return "position", f"It is at the {thing.place}." if thing else f"There is no {name}."
+
+
+def _what_colour(scene: Scene, shape: str, place: str) -> tuple:
+    thing = next((thing for thing in scene.things if (thing.shape, thing.place) == (shape, place)), None)
+    return "color", f"It is {thing.colour}." if thing else f"There is no {shape}."
+
+
+def _what_shape(scene: Scene, colour: str) -> tuple:
+    thing = next((thing for thing in scene.things if thing.colour == colour), None)
+    return "shape", f"It is a {thing.shape}." if thing else f"There is no {colour} object."
+
+
+def _how_many(scene: Scene, plural_shape: str | None) -> tuple:
+    if plural_shape is None:
+        return "count", there_are(len(scene.objects))
+    shape = next(shape for shape in SHAPES if plural(shape) == plural_shape)
+    return "count", there_are(sum(thing.shape == shape for thing in scene.things), shape)
+
+
+def _what_word(scene: Scene) -> tuple:
+    return "OCR", f"It says {scene.sign.word}." if scene.sign else "There is no sign."
+
+
+def _larger(scene: Scene, one: str, other: str) -> tuple:
+    things = [_named(scene, name) for name in (one, other)]
+    for thing, name in zip(things, (one, other), strict=True):
+        if thing is None:
+            return "comparison", f"There is no {name}."
+    larger = [thing.name for thing in things if thing and thing.size == "large"]
+    return "comparison", f"The {larger[0]} is larger." if len(larger) == 1 else "Neither is larger."
+
+
+_FORMS: tuple[tuple[re.Pattern[str], Callable[..., tuple]], ...] = tuple(
+    (re.compile(pattern, re.IGNORECASE), answer)
+    for pattern, answer in (
+        (rf"Is there a ({_NAME}) in (?:this|the) (?:image|picture)\?", _existence),
+        (rf"(?:Is|Are) there ({'|'.join(NUMBERS)}) objects? in (?:this|the) (?:image|picture)\?", _count),
+        (rf"Is the ({_NAME}) at the ({_PLACE}) of (?:this|the) (?:image|picture)\?", _position),
+        (rf"Is the ({_SHAPE}) at the ({_PLACE}) ({_COLOUR})\?", _color),
+        (rf"Is the ({_COLOUR}) object a ({_SHAPE})\?", _shape),
+        (rf"Does the sign say ({'|'.join(WORDS)})\?", _written),
+        (rf"Where is the ({_NAME})\?", _where),
+        (rf"What colour is the ({_SHAPE}) at the ({_PLACE})\?", _what_colour),
+        (rf"What shape is the ({_COLOUR}) object\?", _what_shape),
+        (rf"How many (?:objects|({_SHAPES})) are there\?", _how_many),
+        (r"What does the sign say\?", _what_word),
+        (rf"Which is larger, the ({_NAME}) or the ({_NAME})\?", _larger),
+    )
+)
+"""Form of a question -> (scene, what it names) -> task and answer, or task, whether, what is true, what is claimed."""
+
+
+def _lower(text: str) -> str:
+    """A sentence as a part of one: "there are two objects"."""
+    return text[0].lower() + text[1:].removesuffix(".")

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from examples.tiny_qwen_vl import learn_bpe, make_config, sine_table, write_weights
-from examples.world import questions
+from examples.world import habits, questions
 from examples.world.drawing import draw
 from examples.world.scenes import scenes
 
@@ -49,7 +49,8 @@ def words(seed: int = 0, count: int = 400) -> str:
         for task in questions.tasks_of(scene):
             for wanted in (True, False):
                 question = questions.yes_no(scene, rng, task, wanted)
-                said += [question.text + questions.YES_NO, question.answer, question.short]
+                said += [question.text + questions.YES_NO, question.answer, question.agreement, question.short]
+        said += [habit(scene, questions.description(scene, rng), rng) for habit in habits.HABITS.values()]
         said += [one for q in [questions.open_question(scene, rng)] for one in (q.text, q.answer)]
     return "\n".join(said)
 
