@@ -94,12 +94,15 @@ class Comparison:
 
     Attributes:
         found: objects of the scene that it names, by colour or shape; a sign by being one.
+        told: what it tells of them, an object with shape, size and place being 1, one of which only the colour is
+            said 0.4.
         invented: claims of what is not there, dreams included.
         mistaken: details of found objects that are wrong: shape, size, place or word.
         miscounted: whether it says another number of objects than there are.
     """
 
     found: int
+    told: float
     invented: int
     mistaken: int
     miscounted: bool
@@ -107,22 +110,24 @@ class Comparison:
 
 def compare(reading: Reading, scene: Scene) -> Comparison:
     """Holds a reading against the scene. Colours do not repeat in a scene, so a claim's colour says what is meant."""
-    found: set[str] = set()
+    told: dict[str, float] = {}
     invented = mistaken = 0
     for claim in dict.fromkeys(reading.claims):
         meant = _meant(claim, scene)
         if meant is None:
             invented += 1
             continue
-        found.add(meant.place)
         true = (
             {"word": meant.word, "place": meant.place}
             if isinstance(meant, Sign)
             else {"shape": meant.shape, "size": meant.size, "place": meant.place}
         )
-        mistaken += sum(getattr(claim, name) not in ("", value) for name, value in true.items())
+        said = {name: getattr(claim, name) for name in true}
+        mistaken += sum(value not in ("", true[name]) for name, value in said.items())
+        share = 0.4 + 0.6 * sum(map(bool, said.values())) / len(true)
+        told[meant.place] = max(share, told.get(meant.place, 0.0))
     miscounted = reading.count not in (None, len(scene.objects))
-    return Comparison(len(found), invented, mistaken, miscounted)
+    return Comparison(len(told), sum(told.values()), invented, mistaken, miscounted)
 
 
 def _meant(claim: Claim, scene: Scene) -> Thing | Sign | None:

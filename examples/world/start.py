@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.tiny_qwen_vl import learn_bpe, make_config, sine_table, write_weights
+from examples.tiny_qwen_vl import GRID, learn_bpe, make_config, sine_table, write_weights
 from examples.world import habits, questions
 from examples.world.drawing import draw
 from examples.world.scenes import scenes
@@ -34,6 +34,8 @@ SIZES = {
     "image_size": 112,
 }
 PATCH = 28
+PLACES = 12
+"""Channels of the tower that say where a patch lies."""
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _OPPONENTS = np.array([[1, 1, 1], [1, -1, 0], [0.5, 0.5, -1]])
 """Rows: brightness, red against green, yellow against blue."""
@@ -118,12 +120,15 @@ def start_tensors(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
 
     visual, tower = config["visual"], "transformer.visual"
     eye = np.eye(width, dtype=np.float32)
-    bank, mean = filter_bank(visual["width"], visual["patch_size"], visual["image_size"])
-    tensors[f"{tower}.positional_embedding"] = (0.5 * sine_table(visual["width"]) - mean).astype(np.float32)
+    bank, mean = filter_bank(visual["width"] - PLACES, visual["patch_size"], visual["image_size"])
+    bank = np.concatenate([bank, np.zeros((PLACES, *bank.shape[1:]), np.float32)])
+    tensors[f"{tower}.positional_embedding"] = np.concatenate(
+        [np.tile(-mean, (GRID * GRID, 1)), place_codes()], axis=1, dtype=np.float32
+    )
     tensors[f"{tower}.proj"] = 0.2 * eye
     tensors[f"{tower}.conv1.weight"] = bank
     norm(f"{tower}.ln_pre", visual["width"])
-    out, inner = 1 / np.sqrt(2 * visual["layers"]), int(visual["width"] * visual["mlp_ratio"])
+    out, inner = 0.5 / np.sqrt(2 * visual["layers"]), int(visual["width"] * visual["mlp_ratio"])
     for i in range(visual["layers"]):
         block = f"{tower}.transformer.resblocks.{i}"
         norm(f"{block}.ln_1", visual["width"])
@@ -149,6 +154,13 @@ def start_tensors(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
 
     matrix("lm_head.weight", config["vocab_size"], width, gain=0.5)
     return tensors
+
+
+def place_codes() -> np.ndarray:
+    """Where a patch lies, [256, PLACES]: which of four rows, of four columns and of four quarters, one of each."""
+    row, column = np.divmod(np.arange(GRID * GRID), GRID)
+    quarter = row * 2 // GRID * 2 + column * 2 // GRID
+    return 2.0 * np.concatenate([np.eye(4)[4 * row // GRID], np.eye(4)[4 * column // GRID], np.eye(4)[quarter]], axis=1)
 
 
 def filter_bank(width: int, patch: int, side: int) -> tuple[np.ndarray, np.ndarray]:
