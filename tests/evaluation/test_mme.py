@@ -218,7 +218,7 @@ def test_some_of_the_tasks(tmp_path):
     assert figures["perception"] == figures["groups/coarse"] == 400.0
     assert np.isnan(figures["cognition"])
     assert "tasks/OCR" not in figures
-    assert "400 points at most" in found.notes[0]
+    assert "at most 400 points" in found.notes[0]
 
 
 @pytest.mark.parametrize(("tasks", "message"), [("color,colour", "no task 'colour'"), (" ,", "tasks is empty")])
