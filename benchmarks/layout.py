@@ -38,7 +38,7 @@ from silkie_jax.nn.lora import add_lora
 from silkie_jax.preference.counts import Work
 from silkie_jax.preference.forward import block_wrapper
 from silkie_jax.preference.logprobs import branch_sums, token_logprobs
-from silkie_jax.training.step import trainable_filter
+from silkie_jax.training.optimizer import trainable_filter
 
 ARRAYS = ("tokens", "positions", "branches", "predecessors", "labels", "label_branches")
 TARGETS = ("c_attn", "attn.c_proj", "w1", "w2")

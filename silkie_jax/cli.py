@@ -60,8 +60,9 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=("bfloat16", "float32"), help="type to store; default: as it is")
 
     p = verb(verbs, "export", _export, "Write a model or a training run in Hugging Face form, for PyTorch.")
-    p.add_argument("src", help="a training run, a converted folder or a Hugging Face folder")
+    p.add_argument("src", help="a training run, finished or not, a converted folder or a Hugging Face folder")
     p.add_argument("dst", help="the folder to make")
+    p.add_argument("--step", type=int, metavar="N", help="a run's checkpoint of this step; default: result or last")
     p.add_argument(
         "--adapter",
         nargs="?",
@@ -179,10 +180,13 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # weights only pass through, and a run may have the accelerators
     from silkie_jax.training.result import export_run
 
-    export_run(args.src, args.dst, adapter=args.adapter, dtype=args.dtype)
-    print(f"exported to {args.dst}")
+    step = export_run(args.src, args.dst, adapter=args.adapter, dtype=args.dtype, step=args.step)
+    print(f"exported to {args.dst}" if step is None else f"exported step {step} of {args.src} to {args.dst}")
 
 
 def _corpus_import(args: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ SHARD_BYTES = 5 * 10**9  # the size at which transformers begins another file
 
 
 def export(
-    src: str | Path,
+    src: str | Path | Source,
     dst: str | Path,
     adapter: str | Path | None = None,
     dtype: str | None = None,
@@ -34,7 +34,8 @@ def export(
     nothing at `dst`.
 
     Args:
-      src: a converted folder, the `model/` of a training run, or a Hugging Face folder.
+      src: a converted folder, the `model/` of a training run, or a Hugging Face folder; or what gives weights as such
+        a folder does.
       dst: the folder to make.
       adapter: a PEFT folder, such as the `adapter/` of a training run.
       dtype: "float32" or "bfloat16"; None keeps the stored type.
@@ -45,7 +46,7 @@ def export(
       UserError: `src` or `adapter` is not sound, `dst` exists, or the disk is too small.
     """
     target = dtype and parse_dtype(dtype)
-    source = open_source(resolve(src))
+    source = open_source(resolve(src)) if isinstance(src, str | Path) else src
     merged = None if adapter is None else open_adapter(adapter, source.tree)
     dtypes = {path: target or stored for path, stored in source.dtypes.items()}
     plan = plan_shards(

@@ -250,9 +250,9 @@ def save_adapter(model: QwenVL, folder: str | Path, base_model: str) -> None:
         shard.write(partial, tensors.values())
 
 
-def _fetch(array: jax.Array) -> np.ndarray:
-    """A host copy of an array that may be spread over several hosts."""
-    if array.is_fully_addressable:
+def _fetch(array: jax.Array | np.ndarray) -> np.ndarray:
+    """A host copy of an array that may be spread over several hosts, or lie on this one already."""
+    if isinstance(array, np.ndarray) or array.is_fully_addressable:
         return np.asarray(array)
     from jax.experimental import multihost_utils
 

@@ -107,12 +107,18 @@ def model_as_best(record: Record, model: str = "GPT-4V") -> Pairs:
 
 def best_vs_worst(record: Record) -> Pairs:
     """The response with the highest mean rating against the one with the lowest; of equals, the first."""
-    rated = [(score, index) for index, score in enumerate(_means(record)) if not math.isnan(score)]
+    rated = _rated(record)
     if not rated:
         return []
     high, best = max(rated, key=lambda item: item[0])
     low, worst = min(rated, key=lambda item: item[0])
     return [(best, worst)] if high > low else []
+
+
+def best_response(record: Record) -> int | None:
+    """The response with the highest mean rating, of equals the first; None where none has all of its ratings."""
+    rated = _rated(record)
+    return max(rated, key=lambda item: item[0])[1] if rated else None
 
 
 def given(record: Record) -> Pairs:
@@ -131,6 +137,11 @@ def _means(record: Record) -> list[float]:
     """The mean over the record's aspects for each response; NaN where it lacks one."""
     aspects = list(dict.fromkeys(aspect for response in record.responses for aspect in response.ratings))
     return [_mean(response, aspects) for response in record.responses]
+
+
+def _rated(record: Record) -> list[tuple[float, int]]:
+    """Mean and index of each response that has all of its ratings."""
+    return [(score, index) for index, score in enumerate(_means(record)) if not math.isnan(score)]
 
 
 def _mean(response: Response, aspects: Sequence[str]) -> float:

@@ -80,7 +80,7 @@ class Forecast:
       lengths: in words, whose rows they are.
       instructions: of a step, the mean; `rows` is what it has room for.
       in_all: instructions of an epoch.
-      pairs_each: pairs of an instruction, the mean.
+      pairs_each, responses_each: of an instruction, the means.
       shapes: programs of a run. `compiled`: those that were compiled, the most common one first.
       batch_tokens: where they do not all fit, the limit under which they do (compiled, too); None: there is none.
       flops: of a step.
@@ -95,6 +95,7 @@ class Forecast:
     instructions: float
     in_all: int
     pairs_each: float
+    responses_each: float
     shapes: int
     compiled: list[Compiled]
     batch_tokens: int | None
@@ -135,12 +136,14 @@ class Forecast:
         if self.seconds:
             parts = ", ".join(f"{name} {value:.3f} s" for name, value in self.seconds.items())
             rate = self.instructions / self.step_seconds
+            compared = f"{rate * self.pairs_each:.0f} pairs/s"
+            if not self.pairs_each:  # sft compares nothing
+                compared = f"{rate * self.responses_each:.0f} responses/s"
             hours = epochs * self.in_all / rate / 3600
             whole = f"{hours:.1f} h for {epochs:g} epochs of {self.in_all:,} instructions"
             out += [
                 f"FORECAST (roofline, not a measurement; compute at {EFFICIENCY:.0%} of the peak): {parts}",
-                f"FORECAST: {self.step_seconds:.2f} s a step, {rate:.1f} instructions/s, "
-                f"{rate * self.pairs_each:.0f} pairs/s, {whole}",
+                f"FORECAST: {self.step_seconds:.2f} s a step, {rate:.1f} instructions/s, {compared}, {whole}",
             ]
         return out
 
@@ -198,6 +201,7 @@ def forecast(
         instructions=work.rows / epoch,
         in_all=work.rows,
         pairs_each=work.pairs / work.rows,
+        responses_each=work.responses / work.rows,
         shapes=len(counts),
         compiled=compiled,
         batch_tokens=fitting,

@@ -53,16 +53,17 @@ def find_steps(config: "TrainConfig", mesh: "Mesh", tokens: int | None = None) -
         data = open_data(config, mesh, CorpusReader(config.corpus), Tokenizer.from_folder(config.model))
         return Steps(data.train.grid, f"rows of {config.corpus}")
     if tokens is None:
-        sizes, what = published_sizes(config.max_length, config.objective), PUBLISHED
+        sizes, what = published_sizes(config.max_length, config.objective, config.imitate), PUBLISHED
         if Path(config.corpus).exists():
             what += f" ({config.model} is not there, without whose tokenizer {config.corpus} cannot be laid out)"
     else:
-        sizes, what = equal_sizes(tokens, config.objective), f"rows that are padded to {tokens} tokens"
+        sizes = equal_sizes(tokens, config.objective, config.imitate)
+        what = f"rows that are padded to {tokens} tokens"
     plan = Plan(sizes, config.batch_rows * config.accumulate, config.batch_pairs, config.seed)
     return Steps(make_grid(config, mesh, plan, config.accumulate), what)
 
 
-def published_sizes(max_length: int, objective: str) -> Int[np.ndarray, "I 6"]:
+def published_sizes(max_length: int, objective: str, imitate: str | None = None) -> Int[np.ndarray, "I 6"]:
     """SIZES (layout.py) of as many rows as VLFeedback has, drawn around the published means."""
     random = np.random.default_rng(0)
 
@@ -73,23 +74,27 @@ def published_sizes(max_length: int, objective: str) -> Int[np.ndarray, "I 6"]:
     prompts = np.minimum(prompts, max(max_length // 2, _SPAN + 1))
     responses = draw(_RESPONSE, (INSTRUCTIONS, _RESPONSES)).astype(int)
     most = np.clip(max_length - prompts, 8, _MOST)[:, None]
-    return _sizes(prompts, np.clip(responses, 8, most), objective)
+    return _sizes(prompts, np.clip(responses, 8, most), objective, imitate)
 
 
-def equal_sizes(tokens: int, objective: str) -> Int[np.ndarray, "I 6"]:
+def equal_sizes(tokens: int, objective: str, imitate: str | None = None) -> Int[np.ndarray, "I 6"]:
     """SIZES of rows with the published prompt, and responses so long that all are padded to `tokens`."""
     each = (tokens - 94 - _PROMPT) // _RESPONSES  # the published means fill 930 of 1,024
     if each < 8 or bucket(tokens) != tokens:
         raise UserError(f"--tokens {tokens}: rows are padded to multiples of 128; give 512 or more")
-    return _sizes(np.full(INSTRUCTIONS, _PROMPT), np.full((INSTRUCTIONS, _RESPONSES), each), objective)
+    return _sizes(np.full(INSTRUCTIONS, _PROMPT), np.full((INSTRUCTIONS, _RESPONSES), each), objective, imitate)
 
 
-def _sizes(prompts: Int[np.ndarray, " I"], responses: Int[np.ndarray, "I K"], objective: str) -> Int[np.ndarray, "I 6"]:
+def _sizes(
+    prompts: Int[np.ndarray, " I"], responses: Int[np.ndarray, "I K"], objective: str, imitate: str | None
+) -> Int[np.ndarray, "I 6"]:
     """SIZES of rows; of four responses, five pairs of three instructions and four of the fourth are no ties."""
     count = len(prompts)
     pairs = np.where(np.arange(count) % 4 == 3, 4, 5)
-    if objective == "sft":  # imitates the best one
-        responses, pairs = responses[:, :1], np.zeros(count, int)
+    if objective == "sft":
+        pairs = np.zeros(count, int)
+        if imitate != "all":  # the best one, if there is no tie
+            responses = responses[:, :1]
     branches = responses.shape[1]
     labels = responses.sum(1) - 2 * branches  # all of a response but the two tokens of its role
     columns = (prompts + responses.sum(1), labels, pairs, np.ones(count, int), np.full(count, branches))

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from silkie_jax.corpus import CorpusReader, Record
-from silkie_jax.corpus.pairs import Rule, pairs
+from silkie_jax.corpus.pairs import Pairs, Rule, best_response, pairs
 from silkie_jax.models.qwen_vl.image import read_image
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.nn.attention import PADDING, ROW
@@ -45,25 +45,29 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class RowOptions:
-    """What a record's row holds: both responses of each pair (dpo), or the chosen ones alone (sft)."""
+    """What a record's row holds: both responses of each pair (dpo), or those that are imitated (sft).
 
-    rule: Rule
+    Attributes:
+        rule: which responses are compared; None where `imitate` needs no pairs.
+        imitate: of sft: `all` responses; the `chosen` ones, which win under the rule and never lose; or the `best`,
+            which has the highest mean rating.
+    """
+
+    rule: Rule | None
     objective: str = "dpo"
     max_length: int = 2048
     max_prompt_length: int | None = None
+    imitate: str = "chosen"
 
     def row(self, tokenizer: Tokenizer, record: Record) -> Row | None:
-        """The record's row; None where the rule gives it nothing to train on.
+        """The record's row; None where it has nothing to train on.
 
         Raises:
           RowTooLong: its images leave no room for a response.
         """
-        found = pairs(record, self.rule)
-        responses = None
-        if self.objective == "sft":
-            rejected = {loser for _, loser in found}
-            responses = sorted({winner for winner, _ in found} - rejected)
-        if not found or responses == []:
+        found = pairs(record, self.rule) if self.rule is not None else []
+        responses = self._imitated(record, found) if self.objective == "sft" else None
+        if not (found if responses is None else responses):
             return None
         return make_row(
             tokenizer,
@@ -74,10 +78,23 @@ class RowOptions:
             max_prompt_length=self.max_prompt_length,
         )
 
+    def _imitated(self, record: Record, found: Pairs) -> list[int]:
+        match self.imitate:
+            case "all":
+                return list(range(len(record.responses)))
+            case "best":
+                best = best_response(record)
+                return [] if best is None else [best]
+            case _:
+                return sorted({winner for winner, _ in found} - {loser for _, loser in found})
+
     def key(self, corpus: CorpusReader, tokenizer: Tokenizer) -> dict[str, object]:
         """All that rows depend on."""
         about = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint, "form": ROW_FORM}
-        return {**about, **dataclasses.asdict(self)}
+        own = dataclasses.asdict(self)
+        if self.imitate == "chosen":  # so that rows which versions without this choice kept are found
+            del own["imitate"]
+        return {**about, **own}
 
 
 class BatchSource:
@@ -141,6 +158,15 @@ class BatchSource:
         steps = grain.MapDataset.source(range(start, stop)).map(self.batch)
         options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
         return iter(steps.to_iter_dataset(options))
+
+    def texts(self, most: int) -> Iterator[Row]:
+        """Rows of at most so many records, evenly spread over the source's, without images where rows are kept."""
+        some = self.indices[np.linspace(0, len(self.indices) - 1, min(most, len(self.indices)), dtype=int)].tolist()
+        if self.layout is None or not self.layout.has_rows:
+            yield from self._rows(some)
+            return
+        for index in some:
+            yield self.layout.row(index, self.corpus.index[index].id, ())
 
     def _rows(self, indices: list[int]) -> list[Row]:
         """Rows of these records of the corpus."""

@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Rows, their tokens, (query, key) pairs that may see each other, labelled tokens, images, and pairs to compare."""
+    """Rows, their tokens, (query, key) pairs that may see each other, labelled tokens, images, pairs, responses."""
 
     rows: int = 0
     tokens: int = 0
@@ -18,6 +18,7 @@ class Work:
     labels: int = 0
     images: int = 0
     pairs: int = 0
+    responses: int = 0
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*map(operator.add, vars(self).values(), vars(other).values()))
@@ -29,7 +30,7 @@ class Work:
 def row_work(prompt: int, responses: Sequence[int], labels: int, images: int = 1, pairs: int = 0) -> Work:
     """A row with a prompt and responses of these lengths."""
     visible = prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in responses)
-    return Work(1, prompt + sum(responses), visible, labels, images, pairs)
+    return Work(1, prompt + sum(responses), visible, labels, images, pairs, len(responses))
 
 
 def response_lengths(branches: Int[np.ndarray, "T"]) -> tuple[int, list[int]]:

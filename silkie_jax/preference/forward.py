@@ -1,7 +1,7 @@
 """From a batch of rows to the log-probability of each response: the forward pass of training and of scoring."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -12,10 +12,17 @@ from silkie_jax.models.qwen_vl.model import QwenVL
 from silkie_jax.nn.attention import PLAIN, Kernel
 from silkie_jax.nn.flash import FLASH
 from silkie_jax.nn.lora import LINEAR
-from silkie_jax.preference.logprobs import branch_sums, token_logprobs
+from silkie_jax.preference.logprobs import branch_sums, token_scores
 
 
-def response_logps(
+class Scores(NamedTuple):
+    """Of each branch's labels: the summed log-probability, and how many a greedy decoder would have said."""
+
+    logps: Float[Array, "B K"]
+    greedy: Float[Array, "B K"]
+
+
+def response_scores(
     model: QwenVL,
     batch: dict[str, Array],
     features: Array | None,
@@ -25,8 +32,8 @@ def response_logps(
     wrap: Callable,
     kernel: Kernel = PLAIN,
     frozen_head: bool = False,
-) -> Float[Array, "B K"]:
-    """Summed log-probability of each branch's labels, in training mode."""
+) -> Scores:
+    """Scores of each branch's labels, in training mode."""
     hidden = model.hidden(
         batch["tokens"],
         batch["positions"],
@@ -41,8 +48,8 @@ def response_logps(
     if frozen_head and kernel.mesh is not None:  # gathered once, and not again for every chunk
         where = sharding_of(kernel.mesh, ("vocab", None), head.shape)
         head = jax.lax.with_sharding_constraint(head, where)
-    logps = token_logprobs(hidden, batch["predecessors"], batch["labels"], head, frozen_head=frozen_head)
-    return branch_sums(logps, batch["label_branches"], branches)
+    found = token_scores(hidden, batch["predecessors"], batch["labels"], head, frozen_head=frozen_head)
+    return Scores(*(branch_sums(values, batch["label_branches"], branches) for values in found))
 
 
 def block_wrapper(remat: str, mesh: Mesh | None) -> Callable:

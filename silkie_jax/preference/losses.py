@@ -62,10 +62,17 @@ def make_pairs(
 
 @dataclasses.dataclass(frozen=True)
 class LossOptions:
-    """`beta`: strength of the pull to the reference. `label_smoothing`: assumed share of flipped preferences."""
+    """What losses depend on.
+
+    Attributes:
+        beta: strength of the pull to the reference.
+        label_smoothing: assumed share of flipped preferences.
+        sft_weight: of the likelihood of the chosen response, beside any of the losses (`chosen_nll`).
+    """
 
     beta: float = 0.1
     label_smoothing: float = 0.0
+    sft_weight: float = 0.0
 
 
 def sigmoid(pairs: Pairs, options: LossOptions) -> Float[Array, "P"]:
@@ -99,6 +106,16 @@ def robust(pairs: Pairs, options: LossOptions) -> Float[Array, "P"]:
     return (-jax.nn.log_sigmoid(x) * (1 - e) + jax.nn.log_sigmoid(-x) * e) / (1 - 2 * e)
 
 
+def chosen_nll(pairs: Pairs) -> Float[Array, "P"]:
+    """The likelihood term of RPO (arXiv 2404.19733, eq. 1-2), in nats a token: -log pi(y_w|x) / |y_w|.
+
+    DPO sees the difference of two log-ratios alone, which also grows while both fall. With this term the loss of a
+    pair is L_DPO + alpha L_NLL, alpha being `LossOptions.sft_weight`. A response that is chosen in several pairs counts
+    in each of them; |y_w| counts labelled tokens.
+    """
+    return -pairs.policy_chosen / jnp.maximum(pairs.chosen_tokens, 1)
+
+
 def _smoothed(x: Float[Array, "P"], e: float) -> Float[Array, "P"]:
     return -jax.nn.log_sigmoid(x) * (1 - e) - jax.nn.log_sigmoid(-x) * e
 
@@ -116,5 +133,7 @@ def check_loss(name: str, options: LossOptions) -> None:
         raise UserError(f"beta must be positive, not {options.beta}")
     if not 0 <= options.label_smoothing < 0.5:
         raise UserError(f"label_smoothing must be in [0, 0.5), not {options.label_smoothing}")
+    if not 0 <= options.sft_weight < math.inf:
+        raise UserError(f"sft_weight must be at least 0 and finite, not {options.sft_weight}")
     if options.label_smoothing and name not in _SMOOTHED:
         raise UserError(f"label_smoothing has no meaning in loss {name!r}; set it to 0 or use {' or '.join(_SMOOTHED)}")

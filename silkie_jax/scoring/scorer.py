@@ -16,7 +16,7 @@ from silkie_jax.models.qwen_vl.model import QwenVL
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.nn.attention import PLAIN, Kernel
 from silkie_jax.preference.batches import collate, decode_images
-from silkie_jax.preference.forward import block_wrapper, response_logps
+from silkie_jax.preference.forward import block_wrapper, response_scores
 from silkie_jax.preference.grid import bucket, make_shape, round_up
 from silkie_jax.preference.layout import row_sizes
 from silkie_jax.preference.rows import Row, RowTooLong, make_row
@@ -64,7 +64,8 @@ class Scorer:
             rows = jax.tree.map(lambda x: x[0], batch)
             wrap = block_wrapper("none", mesh)
             features = policy.encode_images(rows["images"], wrap, kernel) if "images" in rows else None
-            return response_logps(policy, rows, features, branches=branches, adapter=True, wrap=wrap, kernel=kernel)
+            found = response_scores(policy, rows, features, branches=branches, adapter=True, wrap=wrap, kernel=kernel)
+            return found.logps
 
         self._forward = forward
 

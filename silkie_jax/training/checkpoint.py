@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -50,6 +51,51 @@ class Checkpoints:
         """Waits for the last save."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def kept_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, ascending; a run that goes on in it is not disturbed."""
+    if not folder.is_dir():
+        return []
+    with _reader(folder) as manager:
+        return sorted(manager.all_steps())
+
+
+def read_trainable(folder: Path, step: int, like: nnx.State) -> nnx.State:
+    """What was trained as it was at checkpoint `step`, as arrays of the host; the optimiser's state is not read.
+
+    A run that goes on in the folder is not disturbed, and no device is touched.
+
+    Args:
+      like: the state's shapes.
+
+    Raises:
+      UserError: the checkpoint does not fit, is damaged, or the run has removed it meanwhile.
+    """
+    named = _named(like, ())
+    form = ocp.args.PyTreeRestore(
+        {name: np.zeros(()) for name in named},
+        restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in named},
+        partial_restore=True,
+    )
+    place = folder / str(step)
+    try:
+        with _reader(folder) as manager:
+            found = manager.restore(step, args=form)
+        shapes = {name: getattr(found[name], "shape", None) for name in named}
+        odd = [name for name, leaf in named.items() if shapes[name] != leaf.shape]
+        if odd:
+            raise ValueError(f"{odd[0]} is {shapes[odd[0]]} and not {named[odd[0]].shape}")
+    except (ValueError, KeyError, FileNotFoundError) as e:
+        if not place.is_dir():
+            raise UserError(f"{place}: the run has removed this checkpoint while it was read; try again") from e
+        raise UserError(f"{place}: does not fit this run ({str(e).splitlines()[0]})") from e
+    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in named])
+
+
+def _reader(folder: Path) -> ocp.CheckpointManager:
+    """Changes nothing in the folder: unlike a run's own manager it removes no save that is under way."""
+    return ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(read_only=True))
 
 
 def _named(trainable: nnx.State, optimizer: Any) -> dict[str, jax.Array]:

@@ -8,6 +8,7 @@ from silkie_jax.models.qwen_vl.flops import Training
 from silkie_jax.preference.losses import LossOptions, check_loss
 
 OBJECTIVES = ("dpo", "sft")
+IMITATE = ("all", "chosen", "best")
 REFERENCES = ("adapter_off", "copy", "precomputed")
 VISION = ("none", "resampler", "all")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -31,6 +32,8 @@ class OptimizerConfig:
     """AdamW with decoupled weight decay (arXiv 1711.05101), not applied to biases and norms."""
 
     learning_rate: float = 1e-5
+    vision_learning_rate: float | None = None  # of the vision tower without its resampler; None: learning_rate
+    resampler_learning_rate: float | None = None  # the same of the resampler; the schedule is common
     schedule: str = "cosine"  # cosine and linear decay to zero at the last step
     warmup_ratio: float | None = None  # of all steps; None: 0.1, or 0 for a constant schedule
     beta1: float = 0.9
@@ -70,9 +73,11 @@ class TrainConfig:
     run_dir: str = ""
     adapter: str | None = None  # start from this PEFT folder; its rank, alpha and targets replace `lora`
     objective: str = "dpo"
+    imitate: str | None = None  # responses that sft imitates; None: chosen
     loss: str = "sigmoid"
     beta: float = 0.1
     label_smoothing: float = 0.0
+    sft_weight: float = 0.0  # of the likelihood of chosen responses beside the loss of their pairs
     pair_rule: Any = None  # None: mean_rating, or the given pairs of a corpus that has no ratings
     reference: str | None = None  # None: the policy as it starts, by adapter_off where that is the same, else by copy
     lora: LoraConfig | None = dataclasses.field(default_factory=LoraConfig)  # null: full fine-tuning
@@ -105,7 +110,7 @@ class TrainConfig:
 
     @property
     def loss_options(self) -> LossOptions:
-        return LossOptions(self.beta, self.label_smoothing)
+        return LossOptions(self.beta, self.label_smoothing, self.sft_weight)
 
 
 def complete(config: TrainConfig, where: str = "config") -> TrainConfig:
@@ -127,6 +132,8 @@ def _resolve(config: TrainConfig) -> None:
         config.epochs = 3
     if config.max_prompt_length is None:
         config.max_prompt_length = config.max_length // 2
+    if config.objective == "sft" and config.imitate is None:
+        config.imitate = "chosen"
     if config.objective == "dpo" and config.reference is None:
         # Without its adapter a policy is what it started from only where the adapter is a new one.
         fresh = config.lora and not config.adapter
@@ -178,6 +185,15 @@ def _check(config: TrainConfig, where: str) -> None:
     need(sizes.count(-1) <= 1, "only one mesh axis can be -1")
     o = config.optimizer
     need(o.learning_rate > 0, f"optimizer.learning_rate must be positive, not {o.learning_rate}")
+    for part, trained_by in (("vision", ("all",)), ("resampler", ("resampler", "all"))):
+        rate = getattr(o, f"{part}_learning_rate")
+        key = f"optimizer.{part}_learning_rate"
+        need(rate is None or rate > 0, f"{key} must be positive, or null for learning_rate, not {rate}")
+        need(
+            rate is None or config.train_vision in trained_by,
+            f"{key} is set, but train_vision {config.train_vision} does not train the "
+            f"{'vision tower' if part == 'vision' else part}; set train_vision={trained_by[0]} or remove it",
+        )
     need(0 <= (o.warmup_ratio or 0) < 1, f"optimizer.warmup_ratio must be in [0, 1), not {o.warmup_ratio}")
     need(0 <= o.beta1 < 1 and 0 <= o.beta2 < 1, "optimizer.beta1 and beta2 must be in [0, 1)")
     need(o.eps > 0 and o.weight_decay >= 0, "optimizer.eps must be positive and weight_decay not negative")
@@ -191,7 +207,14 @@ def _check(config: TrainConfig, where: str) -> None:
     )
     if config.objective == "sft":
         need(config.reference is None, "reference has no meaning in objective sft; remove it")
+        need(config.sft_weight == 0, "sft_weight has no meaning in objective sft; remove it")
+        one_of("imitate", config.imitate or "", IMITATE)
+        need(
+            config.imitate == "chosen" or config.pair_rule is None,
+            f"pair_rule has no meaning with imitate {config.imitate}; remove it, or set imitate=chosen",
+        )
         return
+    need(config.imitate is None, "imitate has no meaning in objective dpo; remove it")
     one_of("reference", config.reference or "", REFERENCES)
     if config.reference == "adapter_off":
         need(bool(config.lora), "reference adapter_off needs lora; use reference: copy for full fine-tuning")

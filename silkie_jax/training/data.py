@@ -26,7 +26,8 @@ from silkie_jax.training.config import TrainConfig
 class Skipped:
     """Records that training does not see, or not whole."""
 
-    unusable: int  # without a pair under the rule
+    unusable: int  # without anything to train on
+    lacking: str  # what those lack
     too_long: list[str]  # ids whose images leave no room for a response
     cut: dict[str, int]  # id -> tokens left out
 
@@ -37,7 +38,7 @@ class Skipped:
         path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
     def __str__(self) -> str:
-        parts = [f"{self.unusable} without a pair"] if self.unusable else []
+        parts = [f"{self.unusable} without {self.lacking}"] if self.unusable else []
         parts += [f"{len(self.too_long)} too long"] if self.too_long else []
         parts += [f"{len(self.cut)} cut to max_length"] if self.cut else []
         return ", ".join(parts) or "nothing left out"
@@ -59,10 +60,18 @@ class Data:
 
 
 def row_options(config: TrainConfig, corpus: CorpusReader) -> RowOptions:
-    """The rule and limits of rows. Without a rule: mean_rating, or the given pairs of a corpus without ratings."""
-    rule = config.pair_rule or ("mean_rating" if corpus.aspects else "given")
-    check_rule(rule, corpus.aspects)
-    return RowOptions(rule, config.objective, config.max_length, config.max_prompt_length)
+    """What rows hold, and their limits. Without a rule: mean_rating, or the given pairs of a corpus without ratings.
+
+    Raises:
+      UserError: the corpus cannot serve the rule, or has no ratings to find the best response by.
+    """
+    rule = None
+    if config.imitate == "best" and not corpus.aspects:
+        raise UserError("imitate best: this corpus has no ratings; use imitate: all or chosen")
+    if config.imitate not in ("all", "best"):
+        rule = config.pair_rule or ("mean_rating" if corpus.aspects else "given")
+        check_rule(rule, corpus.aspects)
+    return RowOptions(rule, config.objective, config.max_length, config.max_prompt_length, config.imitate or "chosen")
 
 
 def open_data(config: TrainConfig, mesh: Mesh, corpus: CorpusReader, tokenizer: Tokenizer) -> Data:
@@ -76,9 +85,10 @@ def open_data(config: TrainConfig, mesh: Mesh, corpus: CorpusReader, tokenizer: 
     sizes = layout.sizes
     usable = sizes[:, 0] > TOO_LONG
     train, held = (some[usable[some]] for some in split(corpus.index, config.evaluation_fraction, config.seed))
-    skipped = _skipped(corpus, sizes)
+    skipped = _skipped(corpus, sizes, options)
     if not len(train):
-        why = f"under pair_rule {options.rule!r} ({skipped})"
+        choice = f"imitate {options.imitate}" if options.rule is None else f"pair_rule {options.rule!r}"
+        why = f"under {choice} ({skipped})"
         if len(held):
             why = f"beside those that evaluation_fraction {config.evaluation_fraction} holds out ({skipped})"
         raise UserError(f"corpus {config.corpus}: no record to train on {why}")
@@ -116,11 +126,12 @@ def make_grid(config: TrainConfig, mesh: Mesh, plan: Plan, accumulate: int) -> G
     )
 
 
-def _skipped(corpus: CorpusReader, sizes: Int[np.ndarray, "R 6"]) -> Skipped:
+def _skipped(corpus: CorpusReader, sizes: Int[np.ndarray, "R 6"], options: RowOptions) -> Skipped:
     tokens, cut = sizes[:, 0], sizes[:, SIZES.index("cut")]
     ids = [row.id for row in corpus.index]
     return Skipped(
         unusable=int((tokens == UNUSABLE).sum()),
+        lacking={"all": "a response", "best": "a rated response"}.get(options.imitate, "a pair"),
         too_long=[ids[i] for i in np.flatnonzero(tokens == TOO_LONG)],
         cut={ids[i]: int(cut[i]) for i in np.flatnonzero((tokens > TOO_LONG) & (cut > 0))},
     )

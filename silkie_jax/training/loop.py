@@ -12,6 +12,7 @@ from silkie_jax.hardware.kernel import sound_kernel
 from silkie_jax.hardware.mesh import make_mesh
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.preference.batches import Batch, BatchSource
+from silkie_jax.preference.drift import RATIO, measure_drift
 from silkie_jax.scoring.reference import identity
 from silkie_jax.scoring.store import find_reference
 from silkie_jax.training.benchmarks import Benchmarks
@@ -32,6 +33,8 @@ from silkie_jax.training.run_file import (
 )
 from silkie_jax.training.start import Start
 from silkie_jax.training.trainer import Program, Trainer, load_policy, with_adapter_form
+
+_DRIFT_OF = 4096  # instructions whose lengths are compared: more would not change what is said
 
 
 def train(config: TrainConfig, profile: int = 0) -> Path:
@@ -95,6 +98,8 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
         metrics = MetricsWriter(run, done, steps, wandb=config.wandb, active=main)
     stop, start = StopRequest(), Start(config, done, stored.folder if stored else None, metrics.say)
     with stop, metrics:
+        if main and done == 0 and config.objective == "dpo":
+            warn_of_drift(data.train, metrics)
         step, complete = run_steps(trainer, data, benchmarks, checkpoints, metrics, done, start, stop, profile)
     checkpoints.close()
     if not complete:
@@ -148,7 +153,7 @@ def run_steps(
         logged: dict[str, float] = {}
         if step % config.log_every == 0 or last:
             logged |= {k: float(v) for k, v in jax.device_get(values).items()}
-            logged["learning_rate"] = trainer.learning_rate(skipped=bool(logged["skipped"]))
+            logged |= trainer.learning_rates(skipped=bool(logged["skipped"]))
             logged |= {"epoch": step / data.train.steps_per_epoch, **meters.take()}
         if held and evaluation_due(config, step, program.steps):
             with meters.paused():
@@ -259,6 +264,15 @@ def evaluate(trainer: Trainer, source: BatchSource, stop: StopRequest) -> dict[s
         if stop.asked() and number < count:
             return None
     return {f"eval_{name}": value / max(weight, 1) for name, value in sums.items()}
+
+
+def warn_of_drift(source: BatchSource, metrics: MetricsWriter) -> None:
+    """Says once, before the first step, that chosen and rejected responses differ in length (drift.py), if they do."""
+    drift = measure_drift(source.texts(_DRIFT_OF))
+    if drift.matters:
+        metrics.write(0, {RATIO: drift.ratio})
+        mend = "the policy will learn length, too: see Lengths of responses in docs/train.md"
+        metrics.say(f"warning: {drift}; {mend}")
 
 
 def describe(trainer: Trainer, data: Data, done: int) -> str:

@@ -17,13 +17,14 @@ from silkie_jax.training.trainer import Program
 class Meters:
     """Counts work and time between reports.
 
-    Reported: step_seconds; tokens_, instructions_ and pairs_per_second; input_wait, the share of the time spent waiting
-    for batches; mfu, model FLOPs / seconds / devices / peak bfloat16 rate, on known chips; and memory_gib, the peak of
-    one device, where the platform tells.
+    Reported: step_seconds; tokens_, instructions_ and pairs_per_second (sft: responses_per_second); input_wait, the
+    share of the time spent waiting for batches; mfu, model FLOPs / seconds / devices / peak bfloat16 rate, on known
+    chips; and memory_gib, the peak of one device, where the platform tells.
     """
 
     def __init__(self, program: Program):
         self._model, self._training = program.model_config, training_of(program.config)
+        self._counted = "responses" if program.config.objective == "sft" else "pairs"
         devices = program.mesh.devices.ravel()
         self._device, self._count = next(d for d in devices if d.process_index == jax.process_index()), len(devices)
         self._chip = find_chip(devices[0].device_kind)
@@ -74,7 +75,7 @@ class Meters:
         rates = {
             "tokens_per_second": work.tokens / seconds,
             "instructions_per_second": work.rows / seconds,
-            "pairs_per_second": work.pairs / seconds,
+            f"{self._counted}_per_second": getattr(work, self._counted) / seconds,
         }
         if self._chip:
             flops = step_flops(self._model, work, self._training).model

@@ -11,9 +11,22 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from silkie_jax.errors import UserError
+from silkie_jax.preference.drift import RATIO
 from silkie_jax.training.run_file import run_id
 
-_SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "pairs_per_second", "eval_loss")
+_SHOWN = (
+    "loss",
+    "sft_loss",
+    "mean_token_accuracy",
+    "rewards/accuracies",
+    "rewards/margins",
+    "grad_norm",
+    "pairs_per_second",
+    "responses_per_second",
+    "eval_loss",
+    "eval_mean_token_accuracy",
+    RATIO,
+)
 
 
 class MetricsWriter:

@@ -2,16 +2,25 @@
 
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import numpy as np
+from flax import nnx
+
+from silkie_jax.checkpoints.convert import parse_dtype
 from silkie_jax.checkpoints.export import export
 from silkie_jax.checkpoints.folders import new_folder
-from silkie_jax.checkpoints.peft import read_adapter, save_adapter
-from silkie_jax.checkpoints.sources import open_source
+from silkie_jax.checkpoints.peft import open_adapter, read_adapter, save_adapter
+from silkie_jax.checkpoints.sources import Piece, Source, open_source
 from silkie_jax.checkpoints.weights import save_model
 from silkie_jax.errors import UserError
+from silkie_jax.models.qwen_vl.config import QwenVLConfig
+from silkie_jax.models.qwen_vl.names import leaves
+from silkie_jax.nn.lora import linears
+from silkie_jax.training.checkpoint import kept_steps, read_trainable
 from silkie_jax.training.config import TrainConfig
 from silkie_jax.training.config_file import load_config
-from silkie_jax.training.trainer import Trainer
+from silkie_jax.training.trainer import Trainer, blank_policy, split_policy
 
 MODEL, ADAPTER = "model", "adapter"
 
@@ -45,35 +54,108 @@ def save_result(trainer: Trainer, run: Path) -> None:
 
 
 def export_run(
-    src: str | Path, dst: str | Path, adapter: str | Path | bool | None = None, dtype: str | None = None
-) -> None:
+    src: str | Path,
+    dst: str | Path,
+    adapter: str | Path | bool | None = None,
+    dtype: str | None = None,
+    step: int | None = None,
+) -> int | None:
     """Exports a model folder or a training run to Hugging Face form.
 
     Args:
-      src: a run folder (its base model with its adapter merged), or any model folder that `load` reads.
+      src: a run folder (its base model with its adapter merged), or any model folder that `load` reads. A run may be
+        unfinished, or going on: its last checkpoint is meant.
       dst: the folder to make.
       adapter: a PEFT folder to merge; True: write the run's PEFT adapter by itself, nothing merged.
       dtype: type to store; None: as the base is stored.
+      step: the checkpoint of this step of a run is meant.
+
+    Returns:
+      The step of the checkpoint that was read; None for a finished run's result or a model folder.
 
     Raises:
-      UserError: the run is unfinished, or the options do not fit `src`.
+      UserError: the run has no such checkpoint, or the options do not fit `src`.
     """
     run = Path(src)
     if not (run / "checkpoints").is_dir():
-        if adapter is True:
-            raise UserError(f"--adapter without a folder needs a training run; {src} is not one")
+        if adapter is True or step is not None:
+            option = "--step" if step is not None else "--adapter without a folder"
+            raise UserError(f"{option} needs a training run; {src} is not one")
         export(src, dst, adapter=adapter or None, dtype=dtype)
-        return
+        return None
     if adapter not in (None, True):
         raise UserError(f"{run} is a training run with results of its own; export its base with --adapter instead")
     config = load_config(run / "config.yaml") if (run / "config.yaml").exists() else None
     if config and adapter and ADAPTER not in results(config):
         raise UserError(f"{run}: trained without LoRA, there is no adapter to write")
-    if config is None or not is_finished(config, run):
-        raise UserError(f"{run}: the training run is not finished; run `silkie train` again to complete it")
-    if adapter:
-        with new_folder(dst) as folder:
-            shutil.copytree(run / ADAPTER, folder, dirs_exist_ok=True)
+    if config is None:
+        raise UserError(f"{run}: the training run has not begun; run `silkie train` first")
+    if step is None and is_finished(config, run):
+        if adapter:
+            _copy_adapter(run / ADAPTER, dst)
+            return None
+        base = run / MODEL if MODEL in results(config) else config.model
+        export(base, dst, adapter=run / ADAPTER if ADAPTER in results(config) else None, dtype=dtype)
+        return None
+    step = _kept(run, step)
+    _export_checkpoint(run, config, step, dst, bool(adapter), dtype)
+    return step
+
+
+def _kept(run: Path, step: int | None) -> int:
+    """The checkpoint that is meant: `step`, or the last one."""
+    kept = kept_steps(run / "checkpoints")
+    if not kept:
+        raise UserError(
+            f"{run}: no checkpoint yet; there is one after checkpoint_every steps, or when the run is stopped"
+        )
+    if step is not None and step not in kept:
+        raise UserError(f"{run}: no checkpoint of step {step}; there are those of steps {', '.join(map(str, kept))}")
+    return kept[-1] if step is None else step
+
+
+def _export_checkpoint(
+    run: Path, config: TrainConfig, step: int, dst: str | Path, adapter_alone: bool, dtype: str | None
+) -> None:
+    """Exports a run as it was after `step`. Only what was trained is in memory; the base is read as it is written."""
+    model_config = QwenVLConfig.from_folder(config.model)
+    graph, shapes, frozen = split_policy(blank_policy(config, model_config), config)
+    trained = read_trainable(run / "checkpoints", step, shapes)
+    base: str | Source = config.model
+    if MODEL in results(config):
+        arrays = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(trained)}
+        base = _Trained(open_source(config.model), arrays, parse_dtype(config.dtype))
+    if not config.lora:
+        export(base, dst, dtype=dtype)
         return
-    base = run / MODEL if MODEL in results(config) else config.model
-    export(base, dst, adapter=run / ADAPTER if ADAPTER in results(config) else None, dtype=dtype)
+    model = nnx.merge(graph, trained, frozen)
+    if config.adapter:  # which may be scaled otherwise than by alpha / rank
+        scale = open_adapter(config.adapter, leaves(model_config)).scale
+        for _, linear in linears(model.language.layers):
+            if linear.lora_a is not None:
+                linear.lora_scale = scale
+    with TemporaryDirectory() as folder:
+        save_adapter(model, Path(folder, ADAPTER), base_model=config.model)
+        if adapter_alone:
+            _copy_adapter(Path(folder, ADAPTER), dst)
+        else:
+            export(base, dst, adapter=Path(folder, ADAPTER), dtype=dtype)
+
+
+def _copy_adapter(src: Path, dst: str | Path) -> None:
+    with new_folder(dst) as folder:
+        shutil.copytree(src, folder, dirs_exist_ok=True)
+
+
+class _Trained:
+    """A source whose trained weights come from memory, all of one type, as a finished run's `model/` has them."""
+
+    def __init__(self, base: Source, trained: dict[str, np.ndarray], dtype: np.dtype):
+        self._base, self._trained, self._dtype = base, trained, dtype
+        self.folder, self.config, self.tree = base.folder, base.config, base.tree
+        self.dtypes = dict.fromkeys(base.tree, dtype)
+
+    def read(self, piece: Piece) -> np.ndarray:
+        array = self._trained.get(piece.leaf.path)
+        values = self._base.read(piece) if array is None else array[piece.index]
+        return values.astype(self._dtype, copy=False)

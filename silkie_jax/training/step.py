@@ -1,8 +1,6 @@
 """The training step: a pure function of state and batch, the same for one CPU and a pod."""
 
 import dataclasses
-import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,9 +13,9 @@ from jaxtyping import Array, Float
 
 from silkie_jax.models.qwen_vl.model import QwenVL
 from silkie_jax.nn.attention import PLAIN, Kernel
-from silkie_jax.preference.forward import block_wrapper, response_logps
+from silkie_jax.preference.forward import block_wrapper, response_scores
 from silkie_jax.preference.logprobs import branch_sums
-from silkie_jax.preference.losses import LOSSES, LossOptions, make_pairs
+from silkie_jax.preference.losses import LOSSES, LossOptions, chosen_nll, make_pairs
 
 Arrays = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
@@ -33,23 +31,6 @@ class Objective:
     options: LossOptions = dataclasses.field(default_factory=LossOptions)
     reference: str | None = "adapter_off"
     remat: str = "full"
-
-
-def trainable_filter(*, lora: bool, train_vision: str) -> Callable[[tuple, Any], bool]:
-    """Which parameters training changes: adapters or the whole decoder, and as much of the vision tower as asked."""
-
-    def chosen(path: tuple, value: Any) -> bool:
-        if not isinstance(value, nnx.Param) or path == _FIXED:
-            return False
-        if path[0] == "visual":
-            return train_vision == "all" or (train_vision == "resampler" and path[1] in _RESAMPLER)
-        return isinstance(value, nnx.LoRAParam) or not lora
-
-    return chosen
-
-
-_RESAMPLER = ("attn_pool", "ln_post", "proj")
-_FIXED = ("visual", "attn_pool", "pos_embed")  # a table of sines: the official code never trains it
 
 
 class Step:
@@ -157,27 +138,28 @@ class Step:
         The images are encoded once; the reference sees the same features unless the tower itself is trained.
         """
         wrap = block_wrapper(self.objective.remat, self.mesh)
-        logps_of = partial(
-            response_logps, branches=branches, wrap=wrap, kernel=self.kernel, frozen_head=not self.head_trained
+        scores_of = partial(
+            response_scores, branches=branches, wrap=wrap, kernel=self.kernel, frozen_head=not self.head_trained
         )
         policy: QwenVL = nnx.merge(self.graph, trainable, frozen)
         images = rows.get("images")
         features = None if images is None else policy.encode_images(images, wrap, self.kernel)
-        logps = logps_of(policy, rows, features, adapter=True)
+        scores = scores_of(policy, rows, features, adapter=True)
+        logps = scores.logps
         if self.objective.reference is None:
             loss = -logps.sum() / total  # cross-entropy, the mean over labelled tokens
-            return loss, {"loss": loss}
+            return loss, {"loss": loss, "mean_token_accuracy": scores.greedy.sum()}
 
         match self.objective.reference:
             case "precomputed":
                 base_logps = rows["reference_logps"]
             case "adapter_off":
-                base_logps = logps_of(policy, rows, features, adapter=False)
+                base_logps = scores_of(policy, rows, features, adapter=False).logps
             case _:
                 base = nnx.merge(self.graph, reference, frozen)
                 if self.vision_trained and images is not None:
                     features = base.encode_images(images, wrap, self.kernel)
-                base_logps = logps_of(base, rows, features, adapter=True)
+                base_logps = scores_of(base, rows, features, adapter=True).logps
         base_logps = jax.lax.stop_gradient(base_logps)
         tokens = branch_sums(jnp.ones(rows["labels"].shape), rows["label_branches"], branches)
         pairs, valid = make_pairs(logps, base_logps, tokens, rows["pairs"]), rows["pair_mask"].reshape(-1)
@@ -186,7 +168,10 @@ class Step:
             return jnp.where(valid, values, 0).sum()
 
         options = self.objective.options
-        losses = LOSSES[self.objective.loss](pairs, options)
+        losses, imitation = LOSSES[self.objective.loss](pairs, options), {}
+        if options.sft_weight:
+            nll = chosen_nll(pairs)
+            losses, imitation = losses + options.sft_weight * nll, {"sft_loss": add(nll)}
         loss = add(losses) / total
         chosen, rejected = options.beta * pairs.chosen_log_ratio, options.beta * pairs.rejected_log_ratio
         return loss, {
@@ -198,41 +183,5 @@ class Step:
             "rewards/margins": add(chosen - rejected),
             "logps/chosen": add(pairs.policy_chosen),
             "logps/rejected": add(pairs.policy_rejected),
+            **imitation,
         }
-
-
-def make_optimizer(
-    learning_rate: optax.Schedule,
-    *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    clip_norm: float | None,
-    decayed: Any = None,
-) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) after clipping by the global norm. `decayed` masks what weight decay touches."""
-    adamw = optax.adamw(learning_rate, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay, mask=decayed)
-    return adamw if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
-
-
-def make_schedule(name: str, peak: float, steps: int, warmup_ratio: float) -> optax.Schedule:
-    """Linear warm-up from 0 over ceil(steps x ratio), then cosine or linear to 0 at `steps`, or constant.
-
-    The rate of an update is that of the updates before it, as in the original: the first one of a warm-up has rate 0.
-    """
-    warmup = math.ceil(steps * warmup_ratio)
-    rest = max(steps - warmup, 1)
-    after = {
-        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
-        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
-        "constant": lambda: optax.constant_schedule(peak),
-    }[name]()
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
-
-
-def decay_mask(trainable: nnx.State) -> nnx.State:
-    """True where weight decay applies: everywhere but on biases and norms, as the original's optimiser groups do."""
-    return nnx.map_state(
-        lambda path, _: path[-1] != "bias" and not any(str(p).startswith("ln_") for p in path), trainable
-    )

@@ -28,14 +28,8 @@ from silkie_jax.nn.lora import add_lora, linears
 from silkie_jax.preference.batches import Batch
 from silkie_jax.preference.grid import Shape
 from silkie_jax.training.config import LoraConfig, TrainConfig
-from silkie_jax.training.step import (
-    Objective,
-    Step,
-    decay_mask,
-    make_optimizer,
-    make_schedule,
-    trainable_filter,
-)
+from silkie_jax.training.optimizer import decay_mask, make_optimizer, make_schedule, trainable_filter
+from silkie_jax.training.step import Objective, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +64,10 @@ class Program:
             weight_decay=o.weight_decay,
             clip_norm=o.clip_norm,
             decayed=decay_mask,
+            ratios={part: rate / o.learning_rate for part, rate in self.own_rates().items()},
         )
-        blank = nnx.eval_shape(partial(_blank_policy, config, model_config)) if policy is None else policy
-        self.graph, trainable, frozen = self._split(blank)
+        blank = blank_policy(config, model_config) if policy is None else policy
+        self.graph, trainable, frozen = split_policy(blank, config)
         trainable, frozen = self._placed(trainable, jnp.float32), self._placed(frozen, jnp.dtype(config.dtype))
         where = jax.tree.map(lambda x: x.sharding, trainable)
         shapes = jax.eval_shape(self.optimizer.init, trainable)
@@ -96,14 +91,15 @@ class Program:
             shardings=(where, self._optimizer_where),
         )
 
-    def _split(self, model: QwenVL) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-        """(structure, trained, frozen) of a policy."""
-        chosen = trainable_filter(lora=self.config.lora is not None, train_vision=self.config.train_vision)
-        return nnx.split(model, chosen, ...)
+    def own_rates(self) -> dict[str, float]:
+        """Peak learning rates of parts that have one beside the common one (optimizer.part_of)."""
+        o = self.config.optimizer
+        rates = {"vision": o.vision_learning_rate, "resampler": o.resampler_learning_rate}
+        return {part: rate for part, rate in rates.items() if rate is not None}
 
     def start(self, policy: QwenVL) -> State:
         """The state that training starts from. What is trained is kept in float32, whatever it is computed in."""
-        _, trainable, frozen = self._split(policy)
+        _, trainable, frozen = split_policy(policy, self.config)
         trainable = jax.tree.map(_cast_and_place, trainable, self.shapes.trainable)
         frozen = jax.tree.map(_cast_and_place, frozen, self.shapes.frozen)
         reference = jax.tree.map(jnp.copy, trainable) if self.config.reference == "copy" else None
@@ -194,10 +190,12 @@ class Trainer:
         values, weight = jax.device_get(self._evaluations[batch.shape](s.trainable, s.frozen, s.reference, arrays))
         return {name: float(value) for name, value in values.items()}, float(weight)
 
-    def learning_rate(self, skipped: bool) -> float:
-        """The rate of the last update; updates that were skipped do not count."""
+    def learning_rates(self, skipped: bool) -> dict[str, float]:
+        """The rates of the last update, as metrics; updates that were skipped do not count."""
         done = int(optax.tree_utils.tree_get_all_with_path(self.state.optimizer, "count")[0][1])
-        return float(self.program.schedule(done if skipped else done - 1))
+        rate, peak = float(self.program.schedule(done if skipped else done - 1)), self.program.config.optimizer
+        own = {f"{part}_learning_rate": rate * p / peak.learning_rate for part, p in self.program.own_rates().items()}
+        return {"learning_rate": rate, **own}
 
     def resume(self, trainable: nnx.State, optimizer: optax.OptState) -> None:
         """Continues from a checkpoint's values."""
@@ -240,10 +238,21 @@ def load_policy(config: TrainConfig, mesh: Mesh) -> QwenVL:
     return model
 
 
-def _blank_policy(config: TrainConfig, model_config: QwenVLConfig) -> QwenVL:
-    model = QwenVL(model_config, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(0))
-    _draw_lora(model, config)
-    return model
+def blank_policy(config: TrainConfig, model_config: QwenVLConfig) -> QwenVL:
+    """The policy without its arrays: shapes in their place."""
+
+    def make() -> QwenVL:
+        model = QwenVL(model_config, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(0))
+        _draw_lora(model, config)
+        return model
+
+    return nnx.eval_shape(make)
+
+
+def split_policy(model: QwenVL, config: TrainConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(structure, trained, frozen) of a policy."""
+    chosen = trainable_filter(lora=config.lora is not None, train_vision=config.train_vision)
+    return nnx.split(model, chosen, ...)
 
 
 def _draw_lora(model: QwenVL, config: TrainConfig) -> None:

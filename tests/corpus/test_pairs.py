@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from silkie_jax.corpus.pairs import RULES, check_rule, pairs
+from silkie_jax.corpus.pairs import RULES, best_response, check_rule, pairs
 from silkie_jax.corpus.schema import Record, Response
 from silkie_jax.errors import UserError
 
@@ -75,6 +75,14 @@ def test_best_vs_worst():
     assert pairs(FOUR, "best_vs_worst") == [(0, 2)]
     assert pairs(record(("a", "m", 3, 3), ("b", "m", 2, 4)), "best_vs_worst") == []
     assert pairs(record(("a", "m", math.nan, 3)), "best_vs_worst") == []
+
+
+def test_best_response_is_the_first_of_those_with_the_highest_mean_of_all_aspects():
+    assert best_response(FOUR) == 0
+    assert best_response(record(("a", "m", 2, 3), ("b", "m", 4, 2), ("c", "m", 2, 4))) == 1
+    assert best_response(record(("a", "m", 5, math.nan), ("b", "m", 1, 1))) == 1
+    assert best_response(record(("a", "m", math.nan, 3))) is None
+    assert best_response(Record("i", (), "q", ())) is None
 
 
 def test_given():

@@ -147,6 +147,16 @@ def test_published_rows_have_the_published_means_and_a_tail(objective, branches)
     assert (short[:, 0] <= 330 * 2 + 512 * branches).all()
 
 
+def test_published_rows_of_sft_hold_the_responses_that_it_imitates():
+    for imitate, branches in (("chosen", 1), ("best", 1), ("all", 4)):
+        tokens, _, pairs, _, each, _ = published_sizes(2048, "sft", imitate).T
+        assert (each == branches).all()
+        assert tokens.mean() == pytest.approx(330 + branches * 150, rel=0.03)
+        assert not pairs.any()
+        work = work_of(published_sizes(2048, "sft", imitate))
+        assert work.responses == branches * work.rows
+
+
 def counted(rows, objective="dpo", **limits):
     """Steps over rows of few lengths, many of them short."""
     lengths = np.repeat([900, 1500, 5000], [800, 150, 50])
@@ -258,10 +268,30 @@ def test_the_corpus_own_rows_are_what_is_compiled(tmp_path):
     shapes = {one.name: one.shape for one in found.compiled}
     assert (shapes["most common"].batches, shapes["most common"].sequences, shapes["most common"].tokens) == (1, 4, 192)
     assert shapes["longest"].tokens > 600
+
     assert shapes["longest"].at_once <= 1000
     assert shapes["longest"].batches == 4
     assert found.lines(1)[2].startswith("most common, 2 of 3 steps: 1 x 4 rows of 192 tokens: ")
     assert (tmp_path / "corpus" / "rows").is_dir()
+
+
+def test_new_choices_of_a_run_are_forecast(tmp_path):
+    """sft of all responses, with rates of their own; and DPO with a likelihood term."""
+    make_tiny(tmp_path / "model")
+    write_corpus(tmp_path / "corpus", [record(n, images=0) for n in range(6)])
+    given = {"model": str(tmp_path / "model"), "corpus": str(tmp_path / "corpus"), "run_dir": "none"}
+    given |= {"lora": {"rank": 2}, "batch_rows": 4, "evaluation_fraction": 0, "remat": "none", "mesh": {"data": 1}}
+    rates = {"vision_learning_rate": 1e-6, "resampler_learning_rate": 1e-5}
+    sft = given | {"objective": "sft", "imitate": "all", "train_vision": "all", "optimizer": rates}
+    found = forecast(make_config(sft), "cpu:1", say=lambda line: None)
+    assert (found.in_all, found.pairs_each, found.responses_each) == (6, 0, 4)
+    assert found.fits
+    found = forecast(make_config(given | {"sft_weight": 1.0}), "cpu:1", say=lambda line: None)
+    assert found.pairs_each == 6
+    told = dataclasses.replace(found, seconds={"compute": 2.0}, instructions=4.0)
+    assert "2.0 instructions/s, 12 pairs/s" in "\n".join(told.lines(1))
+    told = dataclasses.replace(told, pairs_each=0, responses_each=4.0)
+    assert "2.0 instructions/s, 8 responses/s" in "\n".join(told.lines(1))
 
 
 @pytest.mark.parametrize(

@@ -340,6 +340,35 @@ def test_sft_takes_responses_that_nothing_beats(corpus):
     assert not batch.arrays["pair_mask"].any()
 
 
+def test_sft_takes_all_responses_or_the_best_one_whatever_their_pairs(corpus):
+    everything, best = RowOptions(None, "sft", imitate="all"), RowOptions(None, "sft", imitate="best")
+    tied, unrated = corpus[2], given_record(0)
+    assert everything.row(TOKENIZER, tied).responses == (0, 1, 2, 3)
+    assert everything.row(TOKENIZER, corpus[3]).responses == (0, 1, 2, 3)  # one of them has no rating
+    assert everything.row(TOKENIZER, unrated).responses == (0, 1)
+    assert everything.row(TOKENIZER, dataclasses.replace(tied, responses=())) is None
+    assert best.row(TOKENIZER, tied).responses == (0,)
+    assert best.row(TOKENIZER, record(0, ratings=(2, 5, 5, 1))).responses == (1,)
+    assert best.row(TOKENIZER, record(0, ratings=(3,))).responses == (0,)
+    assert best.row(TOKENIZER, unrated) is None
+    batch = source(corpus, indices=[2], options=everything, rows=1).batch(0)
+    assert set(batch.arrays["label_branches"].ravel()) == {0, 1, 2, 3, 4}
+    assert not batch.arrays["pair_mask"].any()
+    assert (batch.work.rows, batch.work.responses, batch.work.pairs) == (1, 4, 0)
+
+
+def test_rows_of_one_choice_are_not_taken_for_those_of_another(corpus):
+    branches = {}
+    for imitate, rule in (("chosen", "mean_rating"), ("all", None), ("best", None)):
+        branches[imitate] = measured(corpus, RowOptions(rule, "sft", imitate=imitate))[:, 4].tolist()
+    # What nothing beats: both of two equals; nobody where all are equal; a rated one.
+    assert branches["chosen"] == [1, 1, 0, *[1] * 8]
+    assert branches["all"] == [4] * 11
+    assert branches["best"] == [1] * 11
+    sft = RowOptions("mean_rating", "sft").key(corpus, TOKENIZER)
+    assert "imitate" not in sft  # as rows were kept before there was a choice
+
+
 # What does not fit
 
 

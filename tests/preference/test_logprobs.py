@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from silkie_jax.preference.logprobs import branch_sums, token_logprobs
+from silkie_jax.preference.logprobs import branch_sums, token_logprobs, token_scores
 
 B, T, W, V = 3, 50, 8, 101
 
@@ -53,6 +53,23 @@ def test_a_frozen_head_gives_the_same_gradient_to_its_input(inputs):
 
     ours, theirs = jax.grad(loss)(hidden, fused, frozen_head=True, chunk=10), jax.grad(loss)(hidden, plain)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen_head", [False, True])
+def test_greedy_counts_labels_that_have_the_highest_score(inputs, frozen_head):
+    hidden, weight, predecessors, labels = inputs
+    best = np.argmax(np.asarray(hidden) @ np.asarray(weight).T, -1)[np.arange(B)[:, None], predecessors]
+    labels = np.where(np.random.default_rng(2).random(labels.shape) < 0.4, best, labels)
+
+    def scores(h):
+        found = token_scores(h, predecessors, labels, weight, frozen_head=frozen_head, chunk=10)
+        return found.logps.sum(), found
+
+    (_, found), slope = jax.value_and_grad(scores, has_aux=True)(hidden)
+    np.testing.assert_array_equal(found.greedy, labels == best)
+    assert 0.3 < found.greedy.mean() < 0.6
+    expected = jax.grad(lambda h: plain(h, weight, predecessors, labels).sum())(hidden)
+    np.testing.assert_allclose(slope, expected, rtol=1e-5, atol=5e-5)
 
 
 def test_large_scores_do_not_overflow(inputs):

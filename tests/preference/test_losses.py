@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from silkie_jax.errors import UserError
-from silkie_jax.preference.losses import LOSSES, LossOptions, Pairs, check_loss
+from silkie_jax.preference.losses import LOSSES, LossOptions, Pairs, check_loss, chosen_nll
 from tests.reference.objective import pair_losses
 
 SMOOTHED = ("sigmoid", "sigmoid_norm", "robust")
@@ -72,12 +72,24 @@ def test_length_normalised_loss_sees_means_over_tokens():
     assert np.isfinite(empty).all()
 
 
+def test_likelihood_term_is_the_mean_over_the_tokens_of_the_chosen_response_alone():
+    pairs = random_pairs()
+    found, slope = chosen_nll(pairs), jax.grad(lambda p: chosen_nll(p).sum())(pairs)
+    chosen, tokens = np.asarray(pairs.policy_chosen, np.float64), np.asarray(pairs.chosen_tokens, np.float64)
+    np.testing.assert_allclose(found, -chosen / tokens, rtol=1e-6)
+    np.testing.assert_allclose(slope.policy_chosen, -1 / tokens, rtol=1e-6)
+    assert not slope.policy_rejected.any()
+    assert np.isfinite(chosen_nll(one_pair(6.0, (0.0, 0.0)))).all()  # padding: masked later, but no NaN
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("dpo", LossOptions(), "loss: 'dpo' is unknown; choose one of sigmoid"),
         ("sigmoid", LossOptions(beta=0.0), "beta must be positive, not 0.0"),
         ("sigmoid", LossOptions(label_smoothing=0.5), "label_smoothing must be in [0, 0.5), not 0.5"),
+        ("ipo", LossOptions(sft_weight=-1.0), "sft_weight must be at least 0 and finite, not -1.0"),
+        ("ipo", LossOptions(sft_weight=float("nan")), "sft_weight must be at least 0 and finite, not nan"),
         ("ipo", LossOptions(label_smoothing=0.1), "label_smoothing has no meaning in loss 'ipo'"),
         ("hinge", LossOptions(label_smoothing=0.1), "label_smoothing has no meaning in loss 'hinge'"),
     ],

@@ -25,7 +25,8 @@ from silkie_jax.preference.counts import Work
 from silkie_jax.preference.grid import Shape, make_shape, round_up
 from silkie_jax.preference.layout import row_sizes
 from silkie_jax.preference.rows import Row, make_row
-from silkie_jax.training.step import MARGINS, Objective, Step, trainable_filter
+from silkie_jax.training.optimizer import trainable_filter
+from silkie_jax.training.step import MARGINS, Objective, Step
 
 SIDE = 28  # of the tiny model's images: four patches
 SIZES = {

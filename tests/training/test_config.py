@@ -40,7 +40,9 @@ def test_what_follows_from_other_keys():
     assert make_config(GIVEN | {"train_vision": "resampler"}).reference == "copy"
     assert make_config(GIVEN | {"adapter": "a"}).reference == "copy"  # and not the base under it
     assert make_config(GIVEN | {"adapter": "a", "reference": "adapter_off"}).reference == "adapter_off"
-    assert make_config(GIVEN | {"objective": "sft"}).reference is None
+    sft = make_config(GIVEN | {"objective": "sft"})
+    assert (sft.reference, sft.imitate) == (None, "chosen")
+    assert make_config(GIVEN).imitate is None
     assert make_config(GIVEN | {"optimizer": {"schedule": "constant"}}).optimizer.warmup_ratio == 0
     assert make_config(GIVEN | {"steps": 5}).epochs is None
     assert make_config(GIVEN | {"max_length": 600}).max_prompt_length == 300
@@ -181,6 +183,8 @@ def test_overrides_that_mean_nothing(file, override, message):
         ("evaluation_fraction", 1.0, "evaluation_fraction must be in [0, 1)"),
         ("beta", 0, "beta must be positive"),
         ("beta", float("nan"), "beta must be positive"),
+        ("sft_weight", -0.1, "sft_weight must be at least 0 and finite, not -0.1"),
+        ("imitate", "worst", "imitate has no meaning in objective dpo"),
         ("label_smoothing", 0.5, "label_smoothing must be in [0, 0.5)"),
         ("mesh", {"data": 0}, "mesh sizes must be at least 1, or -1 for the rest"),
         ("mesh", {"data": -1, "fsdp": -1}, "only one mesh axis can be -1"),
@@ -189,6 +193,8 @@ def test_overrides_that_mean_nothing(file, override, message):
         ("lora", {"targets": []}, "lora.targets is empty"),
         ("optimizer", {"learning_rate": 0}, "optimizer.learning_rate must be positive"),
         ("optimizer", {"learning_rate": float("nan")}, "optimizer.learning_rate must be positive"),
+        ("optimizer", {"vision_learning_rate": 0}, "optimizer.vision_learning_rate must be positive, or null"),
+        ("optimizer", {"resampler_learning_rate": -1.0}, "optimizer.resampler_learning_rate must be positive, or null"),
         ("optimizer", {"schedule": "step"}, "optimizer.schedule: 'step' is unknown"),
         ("optimizer", {"warmup_ratio": 1.0}, "optimizer.warmup_ratio must be in [0, 1)"),
         ("optimizer", {"beta2": 1.0}, "optimizer.beta1 and beta2 must be in [0, 1)"),
@@ -208,6 +214,23 @@ def test_rules_over_one_key(key, value, message):
         ({"lora": None, "adapter": "a"}, "adapter is set but lora is null"),
         ({"train_vision": "all", "reference": "adapter_off"}, "reference adapter_off needs a frozen vision tower"),
         ({"objective": "sft", "reference": "copy"}, "reference has no meaning in objective sft"),
+        ({"objective": "sft", "sft_weight": 1.0}, "sft_weight has no meaning in objective sft"),
+        ({"objective": "sft", "imitate": "worst"}, "imitate: 'worst' is unknown; choose one of all, chosen, best"),
+        ({"imitate": "all"}, "imitate has no meaning in objective dpo; remove it"),
+        (
+            {"objective": "sft", "imitate": "best", "pair_rule": "given"},
+            "pair_rule has no meaning with imitate best; remove it, or set imitate=chosen",
+        ),
+        (
+            {"optimizer": {"vision_learning_rate": 1e-6}, "train_vision": "resampler"},
+            "optimizer.vision_learning_rate is set, but train_vision resampler does not train the vision tower; "
+            "set train_vision=all or remove it",
+        ),
+        (
+            {"optimizer": {"resampler_learning_rate": 1e-6}},
+            "optimizer.resampler_learning_rate is set, but train_vision none does not train the resampler; "
+            "set train_vision=resampler or remove it",
+        ),
         ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing has no meaning in loss 'ipo'"),
         ({"loss": "hinge", "label_smoothing": 0.1}, "label_smoothing has no meaning in loss 'hinge'"),
     ],
@@ -234,6 +257,10 @@ def test_only_what_changes_no_result_may_change_on_the_way(tmp_path):
     assert "seed was 0 and is 1" in message
     assert "lora.rank was 64 and is 8" in message
     assert f"{tmp_path} holds another run" in message
+    sft = make_config(GIVEN | {"objective": "sft"})
+    save_config(sft, tmp_path / "sft.yaml")
+    other = dataclasses.replace(sft, imitate="all")
+    assert "imitate was 'chosen' and is 'all'" in refused(check_same_run, other, tmp_path / "sft.yaml")
     full = {"lora": None, "reference": "copy"}
     for values in ({"beta": 0.2}, full, {"corpus": "d"}, {"steps": 5, "epochs": None}, {"batch_rows": 8}):
         assert "holds another run" in refused(check_same_run, changed(**values), tmp_path / "config.yaml")

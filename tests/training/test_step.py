@@ -20,7 +20,8 @@ from silkie_jax.preference.losses import LossOptions
 from silkie_jax.preference.rows import encode_prompt, encode_response, make_row
 from silkie_jax.training.config_file import make_config
 from silkie_jax.training.loop import save_result
-from silkie_jax.training.step import Objective, decay_mask, make_optimizer, make_schedule, trainable_filter
+from silkie_jax.training.optimizer import decay_mask, make_optimizer, make_schedule, part_of, trainable_filter
+from silkie_jax.training.step import Objective
 from silkie_jax.training.trainer import Program, Trainer, load_policy
 from tests.reference.objective import AdamW, log_softmax, pair_losses
 from tests.reference.qwen_vl import QwenVL, load_checkpoint
@@ -87,6 +88,18 @@ class Oracle:
             counts.append(len(at))
         return np.array(sums), np.array(counts)
 
+    def hits(self, made, tensors):
+        """Of each response: its labels that no other token is more probable than."""
+        net = QwenVL(tensors, self.config)
+        images = np.stack([read_image(data, SIDE) for data in made.images]) if made.images else None
+        prompt, found = encode_prompt(self.tokenizer, made), []
+        for response in made.responses:
+            ids, labelled = encode_response(self.tokenizer, response.text)
+            said = net(np.array([prompt + ids]), images, train=True)[0].argmax(-1)
+            at = np.flatnonzero(labelled)
+            found.append((said[len(prompt) + at - 1] == np.array(ids)[at]).sum())
+        return np.array(found)
+
 
 # Against the oracle
 
@@ -96,8 +109,30 @@ def test_supervised_loss_is_the_mean_cross_entropy_of_all_labels(tokenizer, mode
     metrics, _ = Steps(model, Objective(reference=None))(rows_arrays(tokenizer, rows))
     found = [oracle.logps(r) for r in records]
     logp, labels = (sum(values[i][:2].sum() for values in found) for i in (0, 1))
-    assert set(metrics) == {"loss", "grad_norm"}
+    assert set(metrics) == {"loss", "mean_token_accuracy", "grad_norm"}
     assert metrics["loss"] == pytest.approx(-logp / labels, rel=1e-5)
+
+
+def test_token_accuracy_is_the_share_of_labels_that_the_oracle_finds_most_probable(tokenizer, folder, oracle, records):
+    """Accumulated or not, with a trained and with a frozen head, and after a change of the head that makes the share
+    neither 0 nor 1."""
+    changed = load_model(folder)
+    (official_head,) = leaves(changed.config)["language.lm_head.weight"].names
+    tensors = oracle.tensors | {official_head: oracle.tensors[official_head].copy()}
+    liked = sorted({t for r in records for t in encode_response(tokenizer, r.responses[0].text)[0]})
+    tensors[official_head][liked] *= 6
+    changed.language.lm_head.weight[...] = jnp.asarray(tensors[official_head], jnp.float32)
+    hits = sum(oracle.hits(r, tensors)[:2].sum() for r in records)
+    labels = sum(oracle.logps(r)[1][:2].sum() for r in records)
+    assert 0.02 < hits / labels < 0.98
+    rows = [make_row(tokenizer, r, responses=[0, 1]) for r in records]
+    for lora in (False, True):
+        if lora:
+            add_lora(changed, 2, 4, ["c_attn"], rngs=nnx.Rngs(0))
+        steps = Steps(changed, Objective(reference=None), lora=lora)
+        for accumulate in (1, 2):
+            metrics, _ = steps(rows_arrays(tokenizer, rows, accumulate=accumulate))
+            assert metrics["mean_token_accuracy"] == pytest.approx(hits / labels, rel=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +170,24 @@ def test_preference_metrics(oracle, model, records, preference):
     }
     assert set(metrics) == {*expected, "grad_norm"}
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "sigmoid_norm", "ipo", "hinge", "robust"])
+def test_the_likelihood_of_chosen_responses_is_added_to_every_loss(tokenizer, model, oracle, records, loss):
+    """loss + weight x -log pi(chosen) / tokens of it, the mean over all pairs of two accumulated batches."""
+    weight, rows = 0.7, rows_arrays(tokenizer, [record_row(tokenizer, r) for r in records], accumulate=2)
+    nll = []
+    for made in records:
+        logps, tokens = oracle.logps(made)
+        nll += [-logps[chosen] / tokens[chosen] for chosen, _ in all_pairs(len(made.responses))]
+    found = {}
+    for sft_weight in (0.0, weight):
+        objective = Objective(loss, LossOptions(BETA, 0.0, sft_weight), "copy")
+        found[sft_weight], _ = Steps(model, objective, reference=model)(rows)
+    assert "sft_loss" not in found[0.0]
+    assert found[weight]["sft_loss"] == pytest.approx(np.mean(nll), rel=1e-5)
+    assert found[weight]["loss"] == pytest.approx(found[0.0]["loss"] + weight * np.mean(nll), rel=1e-5)
+    assert found[weight]["rewards/margins"] == found[0.0]["rewards/margins"]
 
 
 def official(config, arrays):
@@ -321,6 +374,36 @@ def test_adamw_with_clipping_is_the_oracles(clip_norm):
         values, parameters = optax.apply_updates(values, updates), oracle.step(parameters, gradients)
         for name, expected in parameters.items():
             np.testing.assert_allclose(values[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_parts_with_rates_of_their_own_move_as_adamw_at_those_rates(folder, tmp_path, batch):
+    """Each as in a run whose only rate that is: under a schedule, with weight decay, clipped by one norm."""
+    rates = {"decoder": 1e-3, "resampler": 4e-3, "vision": 2.5e-4}
+    shared = {"schedule": "linear", "warmup_ratio": 0.4, "weight_decay": 0.1, "clip_norm": 0.5}
+
+    def moved(learning_rate, **own):
+        optimizer = {"learning_rate": learning_rate, **shared, **own}
+        values = {"lora": None, "train_vision": "all", "objective": "sft", "steps": 5, "optimizer": optimizer}
+        run = trainer(folder, tmp_path, **values)
+        for _ in range(2):  # the first one of a warm-up has rate 0
+            run.update(batch)
+        return by_path(run.state.trainable), run
+
+    ours, run = moved(1e-3, resampler_learning_rate=4e-3, vision_learning_rate=2.5e-4)
+    assert run.learning_rates(skipped=False) == pytest.approx(
+        {"learning_rate": 5e-4, "resampler_learning_rate": 2e-3, "vision_learning_rate": 1.25e-4}
+    )
+    start = by_path(nnx.state(load_model(folder)))
+    parts = {name: part_of(tuple(name.split("."))) for name in ours}
+    assert set(parts.values()) == set(rates)
+    for part, rate in rates.items():
+        alone, other = moved(rate)
+        assert set(other.learning_rates(skipped=False)) == {"learning_rate"}
+        for name in (name for name, of in parts.items() if of == part):
+            largest = np.abs(alone[name] - start[name]).max()
+            assert largest > 0, name
+            # The two round each weight differently, by a unit in its last place.
+            np.testing.assert_allclose(ours[name], alone[name], rtol=3e-7, atol=1e-4 * largest, err_msg=name)
 
 
 def test_weight_decay_spares_biases_and_norms(folder):

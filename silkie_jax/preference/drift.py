@@ -1,0 +1,60 @@
+"""Do chosen and rejected responses differ in length? Then preferences teach length too, whatever they are about.
+
+The statistic is r = mean over pairs of log(|y_w| / |y_l|), lengths in labelled tokens. exp(r) is the geometric mean of
+the pairs' ratios: a few very long responses do not decide it, and pairs turned round give its inverse.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from silkie_jax.preference.rows import Row
+
+RATIO = "lengths/ratio"  # its name among metrics
+FACTOR = 1.2  # a ratio beyond this, or below its inverse, is worth a warning
+_ERRORS = 3  # standard errors that it must be away from equal lengths
+_LEAST = 30  # instructions without which such errors mean nothing
+
+
+class Drift(NamedTuple):
+    """exp(r), the standard error of r, and of how many pairs and instructions."""
+
+    ratio: float
+    error: float
+    pairs: int
+    instructions: int
+
+    @property
+    def matters(self) -> bool:
+        """Whether it is large, and not by chance."""
+        size = abs(math.log(self.ratio))
+        return self.instructions >= _LEAST and size >= max(math.log(FACTOR), _ERRORS * self.error)
+
+    def __str__(self) -> str:
+        share = self.ratio if self.ratio > 1 else 1 / self.ratio
+        which = ("chosen", "rejected") if self.ratio > 1 else ("rejected", "chosen")
+        return (
+            f"{which[0]} responses are {share - 1:.0%} longer than {which[1]} ones (by tokens, the geometric mean of "
+            f"{self.pairs:,} pairs)"
+        )
+
+
+def measure_drift(rows: Iterable[Row]) -> Drift:
+    """The drift in length between chosen and rejected responses of rows with pairs.
+
+    Pairs of one instruction are not independent: the standard error is that of a ratio of sums over instructions.
+    """
+    sums, counts = [], []
+    for row in rows:
+        lengths = np.bincount(row.label_branches, minlength=len(row.responses) + 1)[1:]
+        chosen, rejected = np.log(lengths)[row.pairs].T
+        sums.append((chosen - rejected).sum())
+        counts.append(len(row.pairs))
+    totals, pairs = np.array(sums), np.array(counts)
+    if not pairs.sum():
+        return Drift(1.0, math.inf, 0, len(pairs))
+    mean = totals.sum() / pairs.sum()
+    error = math.sqrt(np.square(totals - mean * pairs).sum()) / pairs.sum()
+    return Drift(math.exp(mean), error, int(pairs.sum()), len(pairs))
