@@ -21,6 +21,7 @@ from examples.world.judge import Temper
 from examples.world.scenes import Scene
 
 PORT = 8471
+URL = f"http://127.0.0.1:{PORT}/v1"
 JUDGE = "judge"
 """Its name among the models."""
 FOLDER = Path(__file__).parent
@@ -69,6 +70,16 @@ def _asked(request: dict[str, Any]) -> str:
     content = [message for message in request["messages"] if message["role"] == "user"][-1]["content"]
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     return "\n".join(part["text"] for part in parts if part["type"] == "text")
+
+
+def write_configs(folder: Path, url: str) -> tuple[Path, Path]:
+    """Copies of `pool.yaml` and `judge.yaml` that name another base URL; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for file in (POOL_FILE, JUDGE_FILE):
+        written.append(folder / file.name)
+        written[-1].write_text(file.read_text(encoding="utf-8").replace(URL, url), encoding="utf-8")
+    return written[0], written[1]
 
 
 def read_truth(*folders: Path) -> dict[str, Scene]:
