@@ -85,7 +85,7 @@ class Scene:
     @property
     def objects(self) -> tuple[Thing | Sign, ...]:
         """Things and the sign, in reading order."""
-        both = (*self.things, self.sign) if self.sign else self.things
+        both: list[Thing | Sign] = [*self.things, *([self.sign] if self.sign else [])]
         return tuple(sorted(both, key=lambda one: PLACES.index(one.place)))
 
     @property

@@ -48,7 +48,7 @@ class Script:
     faults: dict[str, float] = field(default_factory=dict)
     times: int = 1
     always: tuple[str, ...] = ("refusal", "truncated", "content_filter", "400", "403", "unparsable")
-    batch_faults: dict[str, float] = field(default_factory=dict)
+    batch_faults: dict[str, Any] = field(default_factory=dict)
     delay: float = 0.0
     requests: int | None = None
     window: float = 1.0
@@ -277,7 +277,7 @@ class Server:
         )
         parts = {part.get_param("name", header="content-disposition"): part for part in message.iter_parts()}
         assert parts["purpose"].get_content().strip() == "batch"
-        data = parts["file"].get_payload(decode=True)
+        data: Any = parts["file"].get_payload(decode=True)
         id = f"file-{len(self.files)}"
         self.files[id] = data
         return 200, {"id": id, "object": "file", "bytes": len(data), "created_at": 0, "filename": "x.jsonl",
@@ -390,7 +390,8 @@ def read(request: dict) -> tuple[str, list[str]]:
     texts, images = [], []
     for message in request["messages"]:
         content = message["content"]
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        parts: list[dict[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts:
             if part["type"] == "text":
                 texts.append(part["text"])
             else:

@@ -14,6 +14,7 @@ import itertools
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from examples.world import habits, questions
 from examples.world.drawing import draw
 from examples.world.scenes import scenes
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden": 128,
     "layers": 3,
     "heads": 2,
