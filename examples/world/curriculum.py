@@ -1,16 +1,18 @@
 """What the base learns from: true rows about training scenes, in the form that VLFeedback is published in.
 
 A row is a picture with a prompt and several true responses; `imitate: all` trains on each of them, and the picture is
-computed once for all. Two lessons:
+computed once for all. Three lessons:
 
-- "looking": descriptions that name the place first and such that name the thing first, and questions WITH their
-  answers as responses ("Is there a red circle in this image? No, there is no red circle."), many about one picture.
-- "answering": the same questions asked as a user asks them, each answered in a sentence and in a word.
+- "describing": a description that goes by the places and one that goes by the things, in any order. In the first what
+  is seen is looked up by where it is, in the second where it is by what it looks like.
+- "looking": questions WITH their answers as responses ("Is there a red circle in this image?" and, in the next line,
+  "No, there is no red circle."), many about one picture: one row teaches as much as ten of the next lesson.
+- "answering": the same questions asked as a user asks them, each answered in a sentence or in a word.
 """
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +23,43 @@ from examples.world.scenes import Scene, scenes
 
 ASK_AND_ANSWER = "Ask and answer."
 """The prompt of rows whose responses are questions with their answers."""
+QUESTIONS = 8
+"""In such a row."""
+
+Lesson = Callable[[Scene, random.Random], tuple[str, list[str]]]
+"""A scene and lots -> the prompt and the responses of a row."""
+
+
+def describing(scene: Scene, rng: random.Random) -> tuple[str, list[str]]:
+    """Two descriptions."""
+    return rng.choice(questions.DESCRIBE), [questions.describe(scene), thing_first(scene, rng)]
 
 
 def thing_first(scene: Scene, rng: random.Random) -> str:
     """A description in any order, in which what stands there comes before where: "A large red circle is at the ..." """
     objects = list(scene.objects)
     rng.shuffle(objects)
-    said = [f"A {questions.phrase(one)[2:]} is at the {one.place}." for one in objects]
-    return " ".join(said)
+    return " ".join(f"A {questions.phrase(one)[2:]} is at the {one.place}." for one in objects)
+
+
+def looking(scene: Scene, rng: random.Random) -> tuple[str, list[str]]:
+    """Questions with their answers."""
+    return ASK_AND_ANSWER, [f"{one.text}\n{one.answer}" for one in exchanges(scene, rng, QUESTIONS)]
+
+
+def answering(scene: Scene, rng: random.Random) -> tuple[str, list[str]]:
+    """A question, or at times a request for a description, as a user asks it."""
+    if rng.random() < 0.25:
+        asked = questions.description(scene, rng)
+    else:
+        (asked,) = exchanges(scene, rng, 1)
+    if asked.truth is not None and rng.random() < 0.5:  # MME's ending asks for a word
+        asked = questions.read(scene, asked.text + questions.YES_NO)
+    return asked.text, [asked.answer]
 
 
 def exchanges(scene: Scene, rng: random.Random, count: int) -> list[Question]:
-    """Questions about a scene: of each two about a task one is to be denied, every fourth is open."""
+    """Questions about a scene: of each two about a task one is to be denied, every third is open."""
     asked: list[Question] = []
     while len(asked) < count:
         task = rng.choice(questions.tasks_of(scene))
@@ -42,52 +69,42 @@ def exchanges(scene: Scene, rng: random.Random, count: int) -> list[Question]:
     return asked[:count]
 
 
-def looking(scene: Scene, rng: random.Random, number: int) -> tuple[str, list[str]]:
-    """Prompt and responses of a row of the first lesson."""
-    if number % 2:
-        return ASK_AND_ANSWER, [f"{one.text}\n{one.answer}" for one in exchanges(scene, rng, 7)]
-    return rng.choice(questions.DESCRIBE), [questions.describe(scene), thing_first(scene, rng)]
+LESSONS: dict[str, Lesson] = {"describing": describing, "looking": looking, "answering": answering}
 
 
-def describing(scene: Scene, rng: random.Random, number: int) -> tuple[str, list[str]]:
-    """Prompt and responses of a row of descriptions alone."""
-    return rng.choice(questions.DESCRIBE), [questions.describe(scene), thing_first(scene, rng)]
+def rows(lessons: Mapping[str, float], count: int, seed: int, most: int = 4) -> Iterator[tuple[Scene, dict[str, Any]]]:
+    """Scenes with their rows, the same for the same arguments.
+
+    Args:
+        lessons: lesson -> its share of the rows, in any unit.
+        count: of rows.
+        seed: of scenes and words.
+        most: objects in a scene.
+    """
+    rng = random.Random(f"{seed} lessons")
+    drawn = scenes(f"{seed} lessons", "train", most)
+    for number in range(count):
+        scene = next(drawn)
+        lesson = rng.choices(list(lessons), list(lessons.values()))[0]
+        prompt, responses = LESSONS[lesson](scene, rng)
+        yield (
+            scene,
+            {
+                "id": f"{lesson}-{number:06d}",
+                "prompt": prompt,
+                "img_path": f"images/{number:06d}.{scene.format}",
+                "completions": [{"model": "truth", "response": text} for text in responses],
+            },
+        )
 
 
-def answering(scene: Scene, rng: random.Random, number: int) -> tuple[str, list[str]]:
-    """Prompt and responses of a row of the second lesson: every third is a description."""
-    if number % 3 == 0:
-        return rng.choice(questions.DESCRIBE), [questions.describe(scene)]
-    (one,) = exchanges(scene, rng, 1)
-    if one.truth is None:
-        return one.text, [one.answer]
-    # MME's ending asks for a word, the bare question is answered in a sentence.
-    return (one.text + questions.YES_NO, [one.short]) if rng.random() < 0.5 else (one.text, [one.answer])
-
-
-LESSONS = {"describing": describing, "looking": looking, "answering": answering}
-
-
-def rows(lesson: str, count: int, seed: int, most: int = 4) -> Iterator[tuple[Scene, dict[str, Any]]]:
-    """Scenes with their rows, the same for the same seed."""
-    rng = random.Random(f"{seed} {lesson} {most}")
-    for number, scene in zip(range(count), scenes(f"{seed} {lesson} {most}", "train", most), strict=False):
-        prompt, responses = LESSONS[lesson](scene, rng, number)
-        row = {
-            "id": f"{lesson}-{number:06d}",
-            "prompt": prompt,
-            "img_path": f"images/{lesson}-{number:06d}.{scene.format}",
-            "completions": [{"model": "truth", "response": text} for text in responses],
-        }
-        yield scene, row
-
-
-def write_lesson(folder: Path, lesson: str, count: int, seed: int, most: int = 4) -> Path:
-    """Write rows and pictures under `folder`; return the path of the JSON lines."""
+def write_rows(folder: Path, lessons: Mapping[str, float], count: int, seed: int, most: int = 4) -> Path:
+    """Write rows and pictures under `folder`; return the path of the JSON lines, which is written last."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    path = folder / f"{lesson}.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for scene, row in rows(lesson, count, seed, most):
-            (folder / row["img_path"]).write_bytes(encode(scene))
-            file.write(json.dumps(row) + "\n")
-    return path
+    lines = []
+    for scene, row in rows(lessons, count, seed, most):
+        (folder / row["img_path"]).write_bytes(encode(scene))
+        lines.append(json.dumps(row) + "\n")
+    part = folder / "rows.part"
+    part.write_text("".join(lines), encoding="utf-8")
+    return part.rename(folder / "rows.jsonl")

@@ -110,7 +110,8 @@ def yes_no(scene: Scene, rng: random.Random, task: str, wanted: bool) -> Questio
 
     match task:
         case "existence":
-            name = thing.name if wanted else rng.choice(absent(scene))
+            forms = [thing.name, thing.name, f"{thing.colour} object", thing.shape]
+            name = rng.choice(forms) if wanted else rng.choice(_absent_of_a_kind(scene, rng))
             text = f"Is there a {name} in this image?"
         case "count":
             true = NUMBERS[len(scene.objects)]
@@ -128,11 +129,24 @@ def yes_no(scene: Scene, rng: random.Random, task: str, wanted: bool) -> Questio
     return read(scene, text)
 
 
+def _absent_of_a_kind(scene: Scene, rng: random.Random) -> list[str]:
+    """Names of absent things, or at times of absent colours or shapes as far as there are any."""
+    colours = {thing.colour for thing in scene.things}
+    shapes = {thing.shape for thing in scene.things}
+    kinds = [
+        absent(scene),
+        absent(scene),
+        [f"{colour} object" for colour in COLOURS if colour not in colours],
+        [shape for shape in SHAPES if shape not in shapes],
+    ]
+    return rng.choice(kinds) or absent(scene)
+
+
 def open_question(scene: Scene, rng: random.Random) -> Question:
     """A question to be answered in words: where, what colour, what shape, how many, which word, which is larger."""
     thing = rng.choice(scene.things)
     texts = [
-        f"Where is the {thing.name}?",
+        f"Where is the {thing.name if rng.random() < 0.6 else rng.choice(absent(scene))}?",
         f"What colour is the {thing.shape} at the {thing.place}?",
         f"What shape is the {thing.colour} object?",
         "How many objects are there?",
@@ -183,7 +197,7 @@ def _named(scene: Scene, name: str) -> Thing | None:
 
 
 def _existence(scene: Scene, name: str) -> tuple:
-    there = _named(scene, name) is not None
+    there = any(name in (thing.name, f"{thing.colour} object", thing.shape) for thing in scene.things)
     return "existence", there, f"there is {'a' if there else 'no'} {name}", f"there is a {name}"
 
 
@@ -254,7 +268,7 @@ def _larger(scene: Scene, one: str, other: str) -> tuple:
 _FORMS: tuple[tuple[re.Pattern[str], Callable[..., tuple]], ...] = tuple(
     (re.compile(pattern, re.IGNORECASE), answer)
     for pattern, answer in (
-        (rf"Is there a ({_NAME}) in (?:this|the) (?:image|picture)\?", _existence),
+        (rf"Is there a ({_NAME}|(?:{_COLOUR}) object|{_SHAPE}) in (?:this|the) (?:image|picture)\?", _existence),
         (rf"(?:Is|Are) there ({'|'.join(NUMBERS)}) objects? in (?:this|the) (?:image|picture)\?", _count),
         (rf"Is the ({_NAME}) at the ({_PLACE}) of (?:this|the) (?:image|picture)\?", _position),
         (rf"Is the ({_SHAPE}) at the ({_PLACE}) ({_COLOUR})\?", _color),
