@@ -12,10 +12,8 @@ The last stage's model is exported to FOLDER/base. What is shipped in examples/w
 what it can and what it cannot.
 """
 
-import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
