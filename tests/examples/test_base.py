@@ -1,10 +1,7 @@
-"""How the base is made: the weights it starts from, its curriculum, and the road by commands, small; and what is shipped."""
+"""How the base is made: the weights it starts from, its curriculum, and the road by commands, small."""
 
-import hashlib
 import itertools
-import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
