@@ -1,18 +1,20 @@
 """The verbs of `silkie corpus` that build a corpus: parsing and calling, nothing else."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
+from silkie_jax.arguments import Add
 from silkie_jax.errors import UserError
-
-Add = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
-"""(name, function, about) -> the parser of a new verb."""
 
 
 def add_verbs(add: Add) -> None:
     """Adds all verbs."""
-    p = add("instructions", _instructions, "Gather the instructions of a new run from data sets or images.")
+    p = add(
+        "instructions",
+        _instructions,
+        "Gather the instructions of a new run from data sets or images.",
+        "silkie corpus instructions configs/sources/vlfeedback.yaml runs/mine",
+    )
     p.add_argument("sources", nargs="+", metavar="SRC", help="a YAML file of sources; or data: rows, or images alone")
     p.add_argument("run_dir", metavar="RUN", help="the run to make")
     p.add_argument("--images", metavar="PATH", help="the rows' images: a folder, zip or tar; default: beside the rows")
@@ -24,18 +26,33 @@ def add_verbs(add: Add) -> None:
     p.add_argument("--seed", type=int, help="of the draws")
     p.add_argument("--keep-duplicates", action="store_true", help="list them, but keep them")
 
-    p = add("respond", _respond, "Let several models of a pool answer every instruction of a run.")
+    p = add(
+        "respond",
+        _respond,
+        "Let several models of a pool answer every instruction of a run.",
+        "silkie corpus respond runs/mine --pool configs/pools/vlfeedback.yaml --dry-run",
+    )
     p.add_argument("run_dir", metavar="RUN", help="the run, made by `silkie corpus instructions`")
     p.add_argument("--pool", required=True, metavar="FILE.yaml", help="models, endpoints, limits and prices")
     _add_options(p)
 
-    p = add("rate", _rate, "Let judges rate the responses of a run.")
+    p = add(
+        "rate",
+        _rate,
+        "Let judges rate the responses of a run.",
+        "silkie corpus rate runs/mine --judge configs/judges/gpt4v.yaml --budget 200USD",
+    )
     p.add_argument("run_dir", metavar="RUN")
     p.add_argument("--judge", required=True, action="append", metavar="FILE.yaml", help="may be given several times")
     p.add_argument("--allow-missing", action="store_true", help="rate also where some responses are still to come")
     _add_options(p)
 
-    p = add("build", _build, "Turn a run's responses and ratings into a corpus; costs nothing.")
+    p = add(
+        "build",
+        _build,
+        "Turn a run's responses and ratings into a corpus; costs nothing.",
+        "silkie corpus build runs/mine corpora/mine",
+    )
     p.add_argument("run_dir", metavar="RUN")
     p.add_argument("dst", metavar="DST", help="the corpus folder to make, or to complete")
     p.add_argument("--name", default="corpus", help="of the data set, in file names")
@@ -51,14 +68,24 @@ def add_verbs(add: Add) -> None:
     p.add_argument("--runner", choices=("processes", "beam"), default="processes")
     p.add_argument("--beam-option", action="append", default=[], metavar="--KEY=VALUE", help="for Apache Beam")
 
-    p = add("report", _report, "Numbers, pictures and examples of a corpus: one HTML page, and JSON.")
+    p = add(
+        "report",
+        _report,
+        "Numbers, pictures and examples of a corpus: one HTML page, and JSON.",
+        "silkie corpus report corpora/mine --run runs/mine",
+    )
     p.add_argument("corpus", metavar="CORPUS")
     p.add_argument("--out", metavar="FILE.html", help="default: report.html in the corpus; a .json lies beside it")
     p.add_argument("--run", dest="run_dir", metavar="RUN", help="the run it came from: adds what was spent in vain")
     p.add_argument("--examples", type=int, default=12, metavar="N", help="instructions to show")
     p.add_argument("--seed", type=int, default=0, help="of the choice of examples")
 
-    p = add("show", _show, "Print one instruction with its responses and ratings.")
+    p = add(
+        "show",
+        _show,
+        "Print one instruction with its responses and ratings.",
+        "silkie corpus show corpora/mine --number 0",
+    )
     p.add_argument("corpus", metavar="CORPUS")
     which = p.add_mutually_exclusive_group(required=True)
     which.add_argument("--id", help="of the record")
@@ -66,7 +93,12 @@ def add_verbs(add: Add) -> None:
     p.add_argument("--images", metavar="DIR", help="also write its images there")
     p.add_argument("--json", action="store_true", help="print the record as JSON")
 
-    p = add("export-pairs", _export_pairs, "Write pairs in the forms of trl or LLaMA-Factory.")
+    p = add(
+        "export-pairs",
+        _export_pairs,
+        "Write pairs in the forms of trl or LLaMA-Factory.",
+        "silkie corpus export-pairs corpora/mine pairs --form trl",
+    )
     p.add_argument("corpus", metavar="CORPUS")
     p.add_argument("dst", metavar="DST", help="a folder to make")
     p.add_argument("--form", choices=("trl", "llama-factory"), default="trl")

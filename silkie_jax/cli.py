@@ -10,11 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.cli import add_verbs as add_corpus_verbs
+from silkie_jax.arguments import Parser, Verbs
 from silkie_jax.errors import UserError
 from silkie_jax.evaluation.cli import add_verbs as add_evaluation_verbs
 
 if TYPE_CHECKING:
     from silkie_jax.training.config import TrainConfig
+
+
+GROUPS = {
+    "checkpoints": ("convert", "export"),
+    "preference corpora": ("corpus",),
+    "training": ("train", "reference", "compile"),
+    "using a model": ("chat", "serve", "score"),
+    "measuring": ("evaluate",),
+    "this machine": ("doctor",),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,20 +57,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """All verbs with their arguments."""
-    parser = argparse.ArgumentParser("silkie", description="Preference distillation of Qwen-VL in JAX.")
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    parser = Parser("silkie", description="Preference distillation of Qwen-VL in JAX.")
+    verbs = Verbs(parser, GROUPS)
+    verb = verbs.add
 
-    def verb(where, name: str, run, about: str) -> argparse.ArgumentParser:
-        added = where.add_parser(name, help=about, description=about)
-        added.set_defaults(run=run)
-        return added
-
-    p = verb(verbs, "convert", _convert, "Turn a Hugging Face Qwen-VL checkpoint into sharded weights for training.")
+    p = verb(
+        "convert",
+        _convert,
+        "Turn a Hugging Face Qwen-VL checkpoint into sharded weights for training.",
+        "silkie convert Qwen/Qwen-VL-Chat weights/qwen-vl-chat",
+    )
     p.add_argument("src", help="a folder or a hub id, such as Qwen/Qwen-VL-Chat")
     p.add_argument("dst", help="the folder to make")
     p.add_argument("--dtype", choices=("bfloat16", "float32"), help="type to store; default: as it is")
 
-    p = verb(verbs, "export", _export, "Write a model or a training run in Hugging Face form, for PyTorch.")
+    p = verb(
+        "export",
+        _export,
+        "Write a model or a training run in Hugging Face form, for PyTorch.",
+        "silkie export runs/silkie exported/silkie",
+    )
     p.add_argument("src", help="a training run, finished or not, a converted folder or a Hugging Face folder")
     p.add_argument("dst", help="the folder to make")
     p.add_argument("--step", type=int, metavar="N", help="a run's checkpoint of this step; default: result or last")
@@ -72,8 +89,20 @@ def make_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--dtype", choices=("bfloat16", "float32"), help="type to store; default: as it is")
 
-    corpus = verbs.add_parser("corpus", help="Build preference corpora.").add_subparsers(required=True, metavar="VERB")
-    p = verb(corpus, "import", _corpus_import, "Import VLFeedback rows, or pairs, with their images.")
+    corpus = Verbs(
+        verb(
+            "corpus",
+            None,
+            "Build preference corpora.",
+            "silkie corpus respond runs/mine --pool configs/pools/mine.yaml",
+        )
+    )
+    p = corpus.add(
+        "import",
+        _corpus_import,
+        "Import VLFeedback rows, or pairs, with their images.",
+        "silkie corpus import --jsonl vlfeedback_80k.jsonl --images merged_images.zip corpora/vlfeedback",
+    )
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--jsonl", metavar="FILE", help="VLFeedback rows: JSONL or parquet")
     source.add_argument("--pairs", metavar="FILE", help="rows of image, prompt, chosen, rejected: JSONL or parquet")
@@ -81,23 +110,44 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--images", metavar="PATH", help="the rows' images: a folder, zip or tar; default: beside the rows")
     p.add_argument("dst", help="the corpus folder to make, or to complete")
 
-    add_corpus_verbs(partial(verb, corpus))
+    add_corpus_verbs(corpus.add)
 
-    evaluation = verbs.add_parser("evaluate", help="Measure checkpoints by benchmarks.")
-    add_evaluation_verbs(partial(verb, evaluation.add_subparsers(required=True, metavar="VERB")))
+    evaluation = verb(
+        "evaluate",
+        None,
+        "Measure checkpoints by benchmarks.",
+        "silkie evaluate run mme pope --model exported/silkie --data benchmarks --out evals/silkie",
+    )
+    add_evaluation_verbs(Verbs(evaluation).add)
 
-    p = verb(verbs, "train", _train, "Train by DPO or supervised fine-tuning; continues a run that was cut off.")
+    p = verb(
+        "train",
+        _train,
+        "Train by DPO or supervised fine-tuning; continues a run that was cut off.",
+        "silkie train configs/silkie.yaml model=weights/qwen-vl-chat corpus=corpora/vlfeedback run_dir=runs/silkie",
+    )
     p.add_argument("config", help="a YAML file")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the file")
     p.add_argument("--profile", type=int, default=0, metavar="STEPS", help="write an XLA trace of so many steps")
     _add_hosts(p)
 
-    p = verb(verbs, "reference", _reference, "Store the reference's log-probabilities beside a corpus.")
+    p = verb(
+        "reference",
+        _reference,
+        "Store the reference's log-probabilities beside a corpus.",
+        "silkie reference configs/silkie.yaml reference=precomputed model=weights/qwen-vl-chat "
+        "corpus=corpora/vlfeedback run_dir=runs/silkie",
+    )
     p.add_argument("config", help="the YAML file of the training run, with reference: precomputed")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the file")
     _add_hosts(p)
 
-    p = verb(verbs, "compile", _compile, "Compile a run's step for a machine that is not there: does it fit, how fast?")
+    p = verb(
+        "compile",
+        _compile,
+        "Compile a run's step for a machine that is not there: does it fit, how fast?",
+        "silkie compile configs/silkie-v5e-16.yaml --topology v5e:4x4",
+    )
     p.add_argument("config", help="the YAML file of the training run")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the file")
     p.add_argument(
@@ -108,7 +158,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
 
-    p = verb(verbs, "score", _score, "Log-probability of every response of a corpus, as training sees it.")
+    p = verb(
+        "score",
+        _score,
+        "Log-probability of every response of a corpus, as training sees it.",
+        "silkie score weights/qwen-vl-chat corpora/vlfeedback --out scores.jsonl",
+    )
     p.add_argument("model")
     p.add_argument("corpus")
     p.add_argument("--out", required=True, metavar="FILE.jsonl")
@@ -117,7 +172,12 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--batch-rows", type=int, default=4, help="instructions at once")
     p.add_argument("--max-length", type=int, default=2048, help="tokens of prompt and one response")
 
-    p = verb(verbs, "chat", _chat, "Ask a model about images.")
+    p = verb(
+        "chat",
+        _chat,
+        "Ask a model about images.",
+        'silkie chat exported/silkie --image photo.jpg --prompt "What is unusual here?"',
+    )
     p.add_argument("model")
     p.add_argument("--image", action="append", default=[], metavar="FILE", help="may be given several times")
     p.add_argument("--prompt", required=True)
@@ -131,7 +191,12 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
     p.add_argument("--json", action="store_true", help='print {"response", "tokens"}')
 
-    p = verb(verbs, "serve", _serve, "Put a model behind the OpenAI protocol, on this machine.")
+    p = verb(
+        "serve",
+        _serve,
+        "Put a model behind the OpenAI protocol, on this machine.",
+        "silkie serve exported/silkie --port 8000",
+    )
     p.add_argument("model")
     p.add_argument("--adapter", metavar="DIR", help="a PEFT folder")
     p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -151,6 +216,16 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--top-logprobs", type=int, default=5, help="the most that a request may ask for")
     p.add_argument("--mesh", default="", metavar="fsdp=N,...", help="sizes of data, fsdp and tensor; default: all data")
     p.add_argument("--end-with-stdin", action="store_true", help="end when standard input does")
+
+    p = verb(
+        "doctor",
+        _doctor,
+        "Say what is installed, what this machine computes with, and what is missing for which job.",
+        "silkie doctor --json",
+    )
+    p.add_argument("--folder", default=".", metavar="DIR", help="where work would be done, for its free disk")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    verbs.list_groups()
     return parser
 
 
@@ -251,25 +326,37 @@ def _score(args: argparse.Namespace) -> None:
 
 def _chat(args: argparse.Namespace) -> None:
     from silkie_jax.generation.answer import answer
+    from silkie_jax.hardware.programs import kept_programs, users_folder
 
-    reply = answer(
-        args.model,
-        args.prompt,
-        images=args.image,
-        adapter=args.adapter,
-        greedy=args.greedy,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        max_new_tokens=args.max_new_tokens,
-        system=args.system,
-        dtype=args.dtype,
-    )
+    with kept_programs(users_folder()):
+        reply = answer(
+            args.model,
+            args.prompt,
+            images=args.image,
+            adapter=args.adapter,
+            greedy=args.greedy,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+            max_new_tokens=args.max_new_tokens,
+            system=args.system,
+            dtype=args.dtype,
+        )
     print(json.dumps({"response": reply.text, "tokens": reply.tokens}, ensure_ascii=False) if args.json else reply.text)
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from silkie_jax.doctor import examine, lines
+
+    if not Path(args.folder).is_dir():
+        raise UserError(f"--folder {args.folder}: no such folder")
+    found = examine(Path(args.folder).resolve())
+    print(json.dumps(found) if args.json else "\n".join(lines(found)))
 
 
 def _serve(args: argparse.Namespace) -> None:
     from silkie_jax.hardware.mesh import read_mesh
+    from silkie_jax.hardware.programs import kept_programs, users_folder
     from silkie_jax.image_limits import MAX_PIXELS
     from silkie_jax.serving.limits import Limits
     from silkie_jax.serving.serve import ServeOptions, serve
@@ -283,7 +370,8 @@ def _serve(args: argparse.Namespace) -> None:
     )
     same = ("model", "adapter", "dtype", "name", "host", "port", "api_key_env", "slots", "context", "queue")
     options = {name: getattr(args, name) for name in (*same, "top_logprobs", "end_with_stdin")}
-    serve(ServeOptions(**options, allow_hosts=args.allow_host, mesh=read_mesh(args.mesh), limits=limits))
+    with kept_programs(users_folder()):
+        serve(ServeOptions(**options, allow_hosts=args.allow_host, mesh=read_mesh(args.mesh), limits=limits))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from silkie_jax import cli
+from silkie_jax import cli, doctor
 from silkie_jax.checkpoints.peft import save_adapter
 from silkie_jax.checkpoints.weights import load_model
 from silkie_jax.nn.lora import linears
@@ -20,7 +21,7 @@ from silkie_jax.scoring import score as scoring
 from tests.training.support import image_bytes, make_tiny, read_lines, record, write_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
-VERBS = ("convert", "export", "corpus", "train", "reference", "compile", "score", "chat", "serve")
+VERBS = ("convert", "export", "corpus", "train", "reference", "compile", "score", "chat", "serve", "evaluate", "doctor")
 
 
 @pytest.fixture
@@ -120,6 +121,29 @@ def test_usage_errors(silkie, arguments):
     assert said == ""
     assert complaint.startswith("usage: silkie")
     assert "error: " in complaint.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("slip", "meant"), [("trian x", "train"), ("corpus biuld a b", "build"), ("evaluat", "evaluate")]
+)
+def test_the_nearest_verb_is_named(silkie, slip, meant):
+    status, _, complaint = silkie(*slip.split())
+    assert status == 2
+    assert complaint.endswith(f"did you mean {meant}?\n")
+
+
+def test_the_doctor_says_what_is_here_and_what_is_missing(silkie, monkeypatch, tmp_path):
+    status, said, _ = silkie("doctor", "--json", "--folder", tmp_path)
+    found = json.loads(said)
+    assert status == 0
+    assert found["packages"]["jax"] == jax.__version__
+    assert found["devices"]["count"] == 8
+    assert found["devices"]["attention"] == "plain"
+    monkeypatch.setitem(doctor.JOBS, "something else", ("no-such-package", "jax"))
+    _, said, _ = silkie("doctor")
+    assert "not here, for something else: no-such-package\n" in said
+    assert "devices: 8 x " in said
+    assert silkie("doctor", "--folder", tmp_path / "none")[0] == 1
 
 
 # Mistakes

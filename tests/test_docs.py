@@ -1,5 +1,6 @@
 """The documentation keeps up with the code: every command parses, every key is described, every file exists."""
 
+import argparse
 import dataclasses
 import importlib
 import re
@@ -32,16 +33,41 @@ def test_commands_parse(command):
         assert {"model", "corpus", "run_dir"} <= given.keys()
 
 
+def verbs_of(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """All verbs below a parser, those of verbs too."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    found = [verb for action in below for verb in action.choices.values()]
+    return [*found, *(verb for one in found for verb in verbs_of(one))]
+
+
+@pytest.mark.parametrize("verb", verbs_of(make_parser()), ids=lambda verb: verb.prog)
+def test_every_verb_has_an_example_that_parses(verb):
+    example = verb.epilog.removeprefix("example:").strip()
+    assert example.startswith(verb.prog)
+    make_parser().parse_args(shlex.split(example)[1:])
+
+
 def test_there_are_commands_for_every_verb():
     verbs = {shlex.split(command)[1] for command in commands()}
-    assert verbs == {"convert", "corpus", "train", "reference", "compile", "score", "export", "chat", "serve"}
+    assert verbs == {
+        "convert",
+        "corpus",
+        "train",
+        "reference",
+        "compile",
+        "score",
+        "export",
+        "chat",
+        "serve",
+        "evaluate",
+    }
 
 
 def keys(cls, prefix: str = "") -> set[str]:
     found = set()
     for field in dataclasses.fields(cls):
         nested = re.search(r"\b(\w+Config)\b", str(field.type))
-        if nested:
+        if nested and not str(field.type).startswith("list["):
             module = __import__(cls.__module__, fromlist=["_"])
             found |= keys(getattr(module, nested.group(1)), f"{prefix}{field.name}.")
         else:

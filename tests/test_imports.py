@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Package -> the others of ours it may import, besides the leaves. Importing only for type checkers is free.
-_LEAVES = {"errors", "locks", "durable"}
+_LEAVES = {"errors", "locks", "durable", "arguments"}
 _BELOW = {"corpus", "models", "nn", "hardware", "checkpoints"}
 ALLOWED = {
     "silkie_jax.nn": set(),
@@ -22,7 +22,16 @@ ALLOWED = {
     "silkie_jax.scoring": {*_BELOW, "preference"},
     "silkie_jax.generation": {*_BELOW, "loading"},
     "silkie_jax.serving": {*_BELOW, "image_limits", "generation", "scoring", "preference"},
-    "silkie_jax.evaluation": {*_BELOW, "yaml_files", "loading", "endpoints", "preference", "scoring", "generation"},
+    "silkie_jax.evaluation": {
+        *_BELOW,
+        "yaml_files",
+        "image_limits",
+        "loading",
+        "endpoints",
+        "preference",
+        "scoring",
+        "generation",
+    },
     "silkie_jax.training": {*_BELOW, "yaml_files", "preference", "scoring", "generation", "evaluation"},
     "silkie_jax.forecast": {*_BELOW, "preference", "training"},
     "silkie_jax.endpoints": {"yaml_files", "image_limits"},
@@ -96,6 +105,32 @@ def test_model_objective_and_step_need_little():
     assert names & others == set()
 
 
+def test_scoring_needs_nothing_but_the_rules():
+    """Neither a model nor a network, nor what plots and judges need; word tools come when a caption is read."""
+    names = imported(
+        """
+        from silkie_jax.evaluation.table import BENCHMARKS, find_benchmark
+        import silkie_jax.evaluation.running.scoring
+        for name in BENCHMARKS:
+            find_benchmark(name)
+        """
+    )
+    others = {
+        "jax",
+        "omegaconf",
+        "jinja2",
+        "matplotlib",
+        "nltk",
+        "openai",
+        "PIL",
+        "pyarrow",
+        "rapidfuzz",
+        "scipy",
+        "spacy",
+    }
+    assert names & others == set()
+
+
 def test_only_serving_needs_a_server():
     names = imported("import silkie_jax.cli; silkie_jax.cli.make_parser()")
     assert names & {"starlette", "uvicorn", "openai"} == set()
@@ -113,6 +148,13 @@ def test_only_serving_needs_a_server():
                 importlib.import_module(module.name)
         """,
         "import silkie_jax.cli; silkie_jax.cli.make_parser()",
+        """
+        from silkie_jax.evaluation.table import BENCHMARKS, find_benchmark
+        import silkie_jax.evaluation.running.scoring, silkie_jax.evaluation.running.run
+        import silkie_jax.evaluation.running.endpoint, silkie_jax.evaluation.report.page
+        for name in BENCHMARKS:
+            find_benchmark(name)
+        """,
     ],
 )
 def test_no_jax_where_none_is_needed(code):

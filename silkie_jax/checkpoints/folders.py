@@ -89,6 +89,8 @@ def _enter(work: Path, dst: Path) -> IO[str]:
         try:
             work.mkdir(parents=True, exist_ok=True)
         except OSError as e:
+            if isinstance(e, FileExistsError) and (work.is_dir() or not os.path.lexists(work)):
+                continue  # its last user removed it while it was looked at
             raise UserError(f"{work}: cannot be made ({e.strerror})") from None
         # Where its last user has just removed the folder, the file or its name is gone: once more.
         with suppress(FileNotFoundError):

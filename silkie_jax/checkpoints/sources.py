@@ -249,7 +249,7 @@ def lay_out(
         for key in above:
             node = node.setdefault(key, {})
         node[last] = space
-    with _quiet():
+    with quiet():
         registry = ocp.type_handlers.create_type_handler_registry((_Space, _SpaceHandler()))
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=registry)
         with ocp.Checkpointer(handler) as checkpointer:
@@ -269,8 +269,8 @@ def lay_out(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Orbax's warnings about arrays that are not jax.Array from the user, who can do nothing about them."""
+def quiet() -> Iterator[None]:
+    """Keeps Orbax's warnings (about arrays that are not jax.Array, say) from users, who can do nothing about them."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:

@@ -148,11 +148,16 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that a benchmark is known by: `best` is the most it can be, or for faults the least."""
+    """A number that a benchmark is known by, between `worst` and `best`; of faults the best is the smaller one."""
 
     name: str
     best: float
-    faults: bool = False  # smaller is better
+    worst: float = 0.0
+
+    @property
+    def faults(self) -> bool:
+        """Whether smaller is better."""
+        return self.best < self.worst
 
 
 @dataclass(frozen=True)

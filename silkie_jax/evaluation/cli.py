@@ -2,20 +2,22 @@
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from silkie_jax.arguments import Add
 from silkie_jax.errors import UserError
 from silkie_jax.evaluation.table import BENCHMARKS
-
-Add = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
-"""(name, function, about) -> the parser of a new verb."""
 
 
 def add_verbs(add: Add) -> None:
     """Adds all verbs."""
-    p = add("answer", _answer, "Let a model answer a benchmark; continues where it was cut off.")
+    p = add(
+        "answer",
+        _answer,
+        "Let a model answer a benchmark; continues where it was cut off.",
+        "silkie evaluate answer mme --model exported/silkie --data benchmarks/mme --out answers.jsonl",
+    )
     p.add_argument("benchmark", metavar="BENCH", help=", ".join(BENCHMARKS))
     p.add_argument("--data", required=True, metavar="PATH", help="the benchmark's data as it is distributed")
     p.add_argument("--out", required=True, metavar="FILE.jsonl")
@@ -23,7 +25,12 @@ def add_verbs(add: Add) -> None:
     _add_asking(p)
     _add_settings(p)
 
-    p = add("judge", _judge, "Let a judge rate answers; pays for nothing twice.")
+    p = add(
+        "judge",
+        _judge,
+        "Let a judge rate answers; pays for nothing twice.",
+        "silkie evaluate judge mmhal answers.jsonl --judge configs/judges/evaluation.yaml --out replies.jsonl",
+    )
     p.add_argument("benchmark", metavar="BENCH")
     p.add_argument("answers", metavar="ANSWERS", help="made by `silkie evaluate answer`, or the benchmark's own form")
     p.add_argument("--data", metavar="PATH")
@@ -32,7 +39,12 @@ def add_verbs(add: Add) -> None:
     _add_judging(p)
     _add_settings(p)
 
-    p = add("score", _score, "Score answers by the official rules; needs neither a model nor a network.")
+    p = add(
+        "score",
+        _score,
+        "Score answers by the official rules; needs neither a model nor a network.",
+        "silkie evaluate score mmhal answers.jsonl --replies replies.jsonl",
+    )
     p.add_argument("benchmark", metavar="BENCH", help=", ".join(BENCHMARKS))
     p.add_argument("answers", metavar="ANSWERS", help="made by `silkie evaluate answer`, or the benchmark's own form")
     p.add_argument("--data", metavar="PATH", help="the benchmark's data; not needed where the answers repeat it")
@@ -41,7 +53,12 @@ def add_verbs(add: Add) -> None:
     p.add_argument("--json", action="store_true", help="print one JSON object")
     _add_settings(p)
 
-    p = add("run", _run, "Answer, judge and score benchmarks; continues where it was cut off.")
+    p = add(
+        "run",
+        _run,
+        "Answer, judge and score benchmarks; continues where it was cut off.",
+        "silkie evaluate run mme pope --model exported/silkie --data benchmarks --out evals/silkie",
+    )
     p.add_argument("benchmarks", nargs="+", metavar="BENCH", help=", ".join(BENCHMARKS))
     p.add_argument(
         "--data",
@@ -58,7 +75,12 @@ def add_verbs(add: Add) -> None:
     _add_judging(p)
     _add_settings(p)
 
-    p = add("report", _report, "Lay checkpoints side by side: one HTML page, Markdown and PNG.")
+    p = add(
+        "report",
+        _report,
+        "Lay checkpoints side by side: one HTML page, Markdown and PNG.",
+        "silkie evaluate report evals/base evals/silkie --out evaluation.html",
+    )
     p.add_argument(
         "runs", nargs="+", metavar="[NAME=]RUN", help="made by `silkie evaluate run`; the first is compared with"
     )

@@ -17,7 +17,7 @@ from silkie_jax.evaluation.running.records import kind, text_field
 ABOUT = About(
     title="multiple choice",
     data="JSON lines {id, image, question, options, answer}, answer a letter; images beside the file or in images/",
-    figures=(Figure("accuracy", 1.0), Figure("undecided", 0.0, faults=True)),
+    figures=(Figure("accuracy", 1.0),),
     decoding=Decoding(max_new_tokens=16),
     prompts={
         "llava": "question, lettered options, LLaVA's request for the letter",

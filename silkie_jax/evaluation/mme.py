@@ -236,10 +236,9 @@ def score(items: list[Item], answers: list[Answer], replies: Replies | None, par
         notes.append(
             f"{len(wanted)} of the {len(TASKS)} tasks, at most {200 * len(wanted)} points: no official number."
         )
-    for task in wanted:
-        asked = [item.id for item in items if item.part == task]
-        if asked and not any(official.get(key) in (yesno.YES, yesno.NO) for key in asked):
-            notes.append(f"{task}: no answer is yes or no: 0 points (the official tool stops there).")
+    decided = {item.part for item in items if official.get(item.id) in (yesno.YES, yesno.NO)}
+    if none := [task for task in wanted if task not in decided and any(item.part == task for item in items)]:
+        notes.append(f"{', '.join(none)}: no answer is yes or no: 0 points (the official tool stops there).")
     other = sum(reading not in (yesno.YES, yesno.NO) for reading in readings.values())
     missing = len(items) - len(readings)
     if other:

@@ -37,7 +37,7 @@ COUNT = 96
 ABOUT = About(
     title="MMHal-Bench",
     data="response_template.json and images/ of the hub's Shengcao1006/MMHal-Bench",
-    figures=(Figure("average_score", 6), Figure("hallucination_rate", 0, faults=True)),
+    figures=(Figure("average_score", 6), Figure("hallucination_rate", 0, worst=1)),
     decoding=Decoding(1024),
     prompts={"official": "the question alone"},
     judge="gpt-4-0314",
@@ -142,15 +142,15 @@ def read_answers(path: Path, items: list[Item] | None, settings: Settings) -> tu
 
 def _in_order(path: Path, records: list[dict[str, Any]], items: list[Item]) -> list[dict[str, Any]]:
     """The records as the items lie, told apart by question and image."""
-    places = {(item.fields["image_id"], item.question): n for n, item in enumerate(items)}
+    places = {(str(item.fields["image_id"]), item.question): n for n, item in enumerate(items)}
     if len(places) < len(items):  # not told apart by these
         _check_count(path, len(records), "each question needs its record")
         return records
     found: dict[int, dict[str, Any]] = {}
     for n, record in enumerate(records):
         where = f"{path}: record {n}"
-        key = (record.get("image_id"), text_field(record, "question", where))
-        place = places.get(key)  # type: ignore[arg-type]
+        key = (str(record.get("image_id")), text_field(record, "question", where))
+        place = places.get(key)
         if place is None:
             raise UserError(f"{where}: the data has no question {key[1]!r} on image {key[0]!r}")
         if place in found:

@@ -1,10 +1,12 @@
 """The benchmarks by name: adding one is adding a file and a line here."""
 
 import importlib
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from silkie_jax.errors import UserError
-from silkie_jax.evaluation.benchmark import Benchmark
+
+if TYPE_CHECKING:
+    from silkie_jax.evaluation.benchmark import Benchmark
 
 BENCHMARKS = {
     "mme": "mme",
@@ -26,7 +28,7 @@ BENCHMARKS = {
 """Name on the command line -> module of this package."""
 
 
-def find_benchmark(name: str) -> Benchmark:
+def find_benchmark(name: str) -> "Benchmark":
     """The module of a benchmark.
 
     Raises:
@@ -34,4 +36,4 @@ def find_benchmark(name: str) -> Benchmark:
     """
     if name not in BENCHMARKS:
         raise UserError(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
-    return cast(Benchmark, importlib.import_module(f"silkie_jax.evaluation.{BENCHMARKS[name]}"))
+    return cast("Benchmark", importlib.import_module(f"silkie_jax.evaluation.{BENCHMARKS[name]}"))

@@ -17,7 +17,7 @@ from silkie_jax.evaluation.running.records import text_field
 ABOUT = About(
     title="yes/no questions",
     data="JSON lines {id, image, question, answer}, answer yes or no; images beside the file or in images/",
-    figures=(Figure("accuracy", 1.0), Figure("f1", 1.0), Figure("undecided", 0.0, faults=True)),
+    figures=(Figure("accuracy", 1.0), Figure("f1", 1.0)),
     decoding=Decoding(max_new_tokens=16),
     prompts={
         "question": "the question as it stands",

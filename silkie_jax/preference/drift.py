@@ -54,7 +54,7 @@ def measure_drift(rows: Iterable[Row]) -> Drift:
         counts.append(len(row.pairs))
     totals, pairs = np.array(sums), np.array(counts)
     if not pairs.sum():
-        return Drift(1.0, math.inf, 0, len(pairs))
+        return Drift(1.0, math.inf, 0, 0)
     mean = totals.sum() / pairs.sum()
     error = math.sqrt(np.square(totals - mean * pairs).sum()) / pairs.sum()
-    return Drift(math.exp(mean), error, int(pairs.sum()), len(pairs))
+    return Drift(math.exp(mean), error, int(pairs.sum()), int((pairs > 0).sum()))

@@ -1,5 +1,6 @@
 """`evaluate_with`: parts of benchmarks, answered and scored at every checkpoint by the code of `silkie evaluate`."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -7,6 +8,7 @@ from jax.sharding import Mesh
 from silkie_jax.errors import UserError
 from silkie_jax.evaluation.running.local import context_of, generated
 from silkie_jax.evaluation.running.questions import AnswerOptions, Questions, open_questions
+from silkie_jax.evaluation.table import find_benchmark
 from silkie_jax.generation.engine import Engine
 from silkie_jax.hardware.kernel import sound_keeper
 from silkie_jax.models.qwen_vl.model import QwenVL
@@ -30,8 +32,8 @@ class Benchmarks:
     def __bool__(self) -> bool:
         return bool(self._asked)
 
-    def measure(self, model: QwenVL) -> dict[str, float]:
-        """Headline figures as `eval_BENCHMARK/FIGURE`; undefined ones are left out.
+    def measure(self, model: QwenVL, say: Callable[[str], object] = print) -> dict[str, float]:
+        """Headline figures as `eval_BENCHMARK/FIGURE`; undefined ones are left out. Each benchmark is a line to say.
 
         The engine lives as long as this call: its decoder and keys and values take memory beside the run's.
         """
@@ -43,7 +45,9 @@ class Benchmarks:
         engine = Engine(model, context=self._context, slots=slots, mesh=self._mesh, kernel=self._kernel, keeper=keeper)
         found: dict[str, float] = {}
         for _, questions in self._asked:
-            found |= self._figures(engine, questions)
+            figures = self._figures(engine, questions)
+            say("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+            found |= figures
         return found
 
     def _figures(self, engine: Engine, questions: Questions) -> dict[str, float]:
@@ -58,11 +62,11 @@ class Benchmarks:
 
 
 def _questions(entry: BenchmarkConfig) -> Questions:
-    options = AnswerOptions(prompt=entry.prompt, limit=entry.limit, settings=dict(entry.settings))
-    questions = open_questions(entry.benchmark, Path(entry.data), options)
-    about = questions.benchmark.ABOUT
+    about = find_benchmark(entry.benchmark).ABOUT
     if about.judge is not None and not about.judge_optional:
         raise UserError(f"evaluate_with: {entry.benchmark} needs a judge: use `silkie evaluate run` on a checkpoint")
+    options = AnswerOptions(prompt=entry.prompt, limit=entry.limit, settings=dict(entry.settings))
+    questions = open_questions(entry.benchmark, Path(entry.data), options)
     if questions.by_likelihood:
         raise UserError(f"evaluate_with: {entry.benchmark} compares likelihoods by default; give its entry a prompt")
     return questions

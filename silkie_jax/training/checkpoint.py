@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from silkie_jax.checkpoints.sources import quiet
 from silkie_jax.errors import UserError
 
 
@@ -57,7 +58,7 @@ def kept_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints in a folder, ascending; a run that goes on in it is not disturbed."""
     if not folder.is_dir():
         return []
-    with _reader(folder) as manager:
+    with quiet(), _reader(folder) as manager:
         return sorted(manager.all_steps())
 
 
@@ -80,7 +81,7 @@ def read_trainable(folder: Path, step: int, like: nnx.State) -> nnx.State:
     )
     place = folder / str(step)
     try:
-        with _reader(folder) as manager:
+        with quiet(), _reader(folder) as manager:
             found = manager.restore(step, args=form)
         shapes = {name: getattr(found[name], "shape", None) for name in named}
         odd = [name for name, leaf in named.items() if shapes[name] != leaf.shape]

@@ -138,7 +138,7 @@ def run_steps(
         if found is None:
             return done, False
         if done == 0:
-            found |= benchmarks.measure(trainer.model())
+            found |= benchmarks.measure(trainer.model(), metrics.say)
         if found:
             metrics.write(done, found)
     meters, guard, trace = Meters(program), Guard(config, checkpoints), Trace(Path(config.run_dir), done, profile)
@@ -162,7 +162,7 @@ def run_steps(
             logged |= found or {}
         if benchmarks and not stopping and (step % config.checkpoint_every == 0 or last):
             with meters.paused():
-                logged |= benchmarks.measure(trainer.model())
+                logged |= benchmarks.measure(trainer.model(), metrics.say)
         if logged:
             metrics.write(step, logged)
         metrics.advance()

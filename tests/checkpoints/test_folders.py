@@ -85,6 +85,22 @@ def test_many_at_once_leave_one_of_theirs(dst):
     assert [path.name for path in dst.parent.iterdir()] == ["dst"]
 
 
+def test_a_workshop_that_goes_while_it_is_looked_at_is_made_anew(dst, monkeypatch):
+    """`Path.mkdir` finds the name taken, looks again, and finds nothing: its last user was just done."""
+    mkdir, taken = Path.mkdir, [True, True]
+
+    def meets_another(self, *args, **kwargs):
+        if taken:
+            taken.pop()
+            raise FileExistsError(17, "File exists", str(self))
+        mkdir(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", meets_another)
+    replace(dst)
+    assert found(dst) == "new"
+    assert not taken
+
+
 def test_where_files_cannot_be_locked_folders_are_made_all_the_same(dst, monkeypatch):
     def no_locks(*_):
         raise OSError(38, "Function not implemented")

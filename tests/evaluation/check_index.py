@@ -56,7 +56,7 @@ def check(index: Path) -> list[str]:
         if name == "errors":
             found += check_errors(index.parent, case["expected"])
             continue
-        calls = list(CALLS.get(name, plain_calls)(name, sort_files(index.parent, case), case["expected"]))
+        calls = [call for part in parts_of(case) for call in calls_of(index.parent, part)]
         if not calls:
             found.append(f"{name}: no command is known for {case['answers']}")
         asked: set[str] = set()
@@ -109,6 +109,34 @@ def differences(where: str, expected: Any, found: Any) -> Iterator[str]:
 
 
 # From the files of a case to commands
+
+
+def parts_of(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """A case whose numbers are by file, as a case for each."""
+    expected = case["expected"]
+    if case["benchmark"] in ("valor", "yesno_mcq") or not isinstance(expected, dict):
+        return [case]
+    files = {key: [path for path in case["answers"] if key in names_of(path)] for key in expected}
+    if not all(files.values()):
+        return [case]
+    mine = [path for paths in files.values() for path in paths]
+    shared = [path for path in case["answers"] if path not in mine]
+    parts = []
+    for key, answers in files.items():
+        data = [path for path in case["data"] if key in names_of(path)] or case["data"]
+        parts.append(case | {"data": data, "answers": [*answers, *shared], "expected": expected[key]})
+    return parts
+
+
+def names_of(path: str) -> set[str]:
+    """What a key of `expected` may call a file by."""
+    name = Path(path).name
+    return {name, Path(path).stem, name.split(".")[0]}
+
+
+def calls_of(base: Path, case: dict[str, Any]) -> Iterator[Call]:
+    """The commands of a case."""
+    return CALLS.get(case["benchmark"], plain_calls)(case["benchmark"], sort_files(base, case), case["expected"])
 
 
 def sort_files(base: Path, case: dict[str, Any]) -> Files:
@@ -167,12 +195,9 @@ def mmvet_calls(name: str, files: Files, expected: Any) -> Iterator[Call]:
 
 
 def pope_calls(name: str, files: Files, expected: Any) -> Iterator[Call]:
-    """One case for each prefix of file names; or one alone, whose numbers are not nested."""
-    for case, numbers in expected.items() if "TP" not in expected else [("", expected)]:
-        data = [path for path in files.data if path.name.split(".")[0] == case or not case]
-        for path in files.of("answers"):
-            if path.name.split(".")[0] == case or not case:
-                yield Call(f"{name}: {path.name}", [name, str(path), "--data", str(data[0])], numbers)
+    """Labels in one file, or in a folder of one for each split."""
+    for path in files.of("answers"):
+        yield Call(f"{name}: {path.name}", [name, str(path), *data_of(files)], expected)
 
 
 def amber_calls(name: str, files: Files, expected: Any) -> Iterator[Call]:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from silkie_jax.evaluation.mme import TASKS
 from tests.training.support import image_bytes
 
 WORDS = ("cat", "dog", "bus", "red ball", "second chair", "person with a very long and winding description", "sign")
@@ -32,3 +33,19 @@ def write_mcq(folder: Path, images: int) -> Path:
             line = {"id": str(n), "image": f"{n}.png", "question": f"What is number {n}?", "options": options}
             file.write(json.dumps(line | {"answer": "ABCD"[n % 4]}) + "\n")
     return folder / "questions.jsonl"
+
+
+def write_mme(folder: Path, images: int) -> Path:
+    """MME's release in small: the tools' empty forms, and a folder of images for each task."""
+    forms = folder / "eval_tool" / "Your_Results"
+    forms.mkdir(parents=True)
+    for number, task in enumerate(TASKS):
+        (folder / task).mkdir()
+        lines = []
+        for n in range(images):
+            (folder / task / f"{n}.jpg").write_bytes(image_bytes(100 * number + n, (20, 16)))
+            for truth in ("Yes", "No"):
+                word = WORDS[(n + (truth == "No")) % len(WORDS)]
+                lines.append(f"{n}.jpg\tIs this a {word}? Please answer yes or no.\t{truth}\n")
+        (forms / f"{task}.txt").write_text("".join(lines))
+    return folder

@@ -108,6 +108,14 @@ def test_records_of_another_form(tmp_path, change, message):
         score("mmhal", None, write(tmp_path / "response.json", rows))
 
 
+def test_an_image_that_the_data_does_not_have(tmp_path):
+    write(tmp_path / "response_template.json", records())
+    rows = records()
+    rows[2]["image_id"] = ["i2"]
+    with pytest.raises(UserError, match="record 2: the data has no question 'What is it 2\\?' on image"):
+        mmhal.read_answers(write(tmp_path / "response.json", rows), mmhal.items(tmp_path, {}), {})
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[1]", "[", '[{"choices": []}]', "[" * 100_000])
 def test_files_of_another_form(tmp_path, content):
     path = tmp_path / "response.json"

@@ -268,7 +268,6 @@ def test_the_corpus_own_rows_are_what_is_compiled(tmp_path):
     shapes = {one.name: one.shape for one in found.compiled}
     assert (shapes["most common"].batches, shapes["most common"].sequences, shapes["most common"].tokens) == (1, 4, 192)
     assert shapes["longest"].tokens > 600
-
     assert shapes["longest"].at_once <= 1000
     assert shapes["longest"].batches == 4
     assert found.lines(1)[2].startswith("most common, 2 of 3 steps: 1 x 4 rows of 192 tokens: ")

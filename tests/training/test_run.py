@@ -1,6 +1,7 @@
 """`train(config)` in one process: the run's folder, its metrics, resuming, and what is said about what went wrong."""
 
 import dataclasses
+import re
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf
 from silkie_jax.checkpoints.weights import load_model
 from silkie_jax.corpus import CorpusReader, split
 from silkie_jax.errors import UserError
+from silkie_jax.scoring.reference import compute_reference
 from silkie_jax.training.config_file import load_config, make_config, save_config
 from silkie_jax.training.loop import train
 from silkie_jax.training.result import export_run
@@ -168,6 +170,42 @@ def test_the_same_metrics(run, base, tmp_path, values):
         np.testing.assert_allclose(ours[name], array, rtol=0, atol=2e-5, err_msg=name)
 
 
+@pytest.fixture(scope="module")
+def likely(base, tmp_path_factory):
+    """A run whose loss has the likelihood of chosen responses, too."""
+    return train(make_config(base | {"run_dir": str(tmp_path_factory.mktemp("runs") / "run"), **LIKELY}))
+
+
+LIKELY = {"sft_weight": 0.5, "steps": 3}
+
+
+def test_likelihood_is_logged_and_falls(run, likely):
+    first, *_, last = metrics(likely)
+    before = metrics(run)[0]
+    assert first["loss"] == pytest.approx(before["loss"] + 0.5 * first["sft_loss"], rel=1e-6)
+    assert first["loss"] > before["loss"]
+    assert last["eval_sft_loss"] > 0
+    assert {name: first[name] for name in TRL} == pytest.approx({name: before[name] for name in TRL}, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"batch_rows": 1, "accumulate": 3},
+        {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
+        {"pack": 600},
+        {"reference": "copy"},
+        {"reference": "precomputed"},
+    ],
+    ids=lambda values: "-".join(values),
+)
+def test_likelihood_is_the_same_however_it_is_computed(base, likely, tmp_path, values):
+    config = make_config(base | LIKELY | values | {"run_dir": str(tmp_path / "run")})
+    if config.reference == "precomputed":
+        compute_reference(config)
+    assert_close(metrics(train(config)), metrics(likely))
+
+
 def test_the_seed_changes_the_order_and_the_first_factors(run, base, tmp_path):
     again = train(make_config(base | {"run_dir": str(tmp_path / "run"), "seed": 1, "steps": 2}))
     assert metrics(again)[0]["logps/chosen"] != metrics(run)[0]["logps/chosen"]
@@ -215,9 +253,7 @@ def test_half_a_result_is_not_taken_for_one(run, tmp_path, lost):
         file.write_bytes(file.read_bytes()[:-1])
     else:
         (again / "adapter" / lost).unlink()
-    for adapter in (None, True):
-        with pytest.raises(UserError, match="the training run is not finished; run `silkie train` again"):
-            export_run(again, tmp_path / "exported", adapter=adapter)
+    assert export_run(again, tmp_path / "exported", adapter=True) == 6  # the last checkpoint is meant
     train(dataclasses.replace(load_config(run / "config.yaml"), run_dir=str(again)))
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (again / "adapter" / name).read_bytes() == (run / "adapter" / name).read_bytes()
@@ -229,7 +265,7 @@ def test_a_run_with_two_results_is_finished_with_both(run, tmp_path):
     save_config(config, tmp_path / "config.yaml")
     shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
     shutil.copytree(run / "adapter", tmp_path / "adapter")
-    with pytest.raises(UserError, match="the training run is not finished"):
+    with pytest.raises(UserError, match=r"checkpoints/6: does not fit this run \(0\.visual"):
         export_run(tmp_path, tmp_path / "exported")
 
 
@@ -252,12 +288,44 @@ def test_pairs_that_were_given_are_trained_on_as_they_are(base, tmp_path):
     assert line["logps/chosen"] < line["logps/rejected"]  # the chosen ones are longer
 
 
-def test_sft(base, tmp_path):
-    values = {"objective": "sft", "steps": 4, "optimizer": {"learning_rate": 1e-2, "warmup_ratio": 0}}
-    lines = metrics(train(make_config(base | values | {"run_dir": str(tmp_path / "run")})))
-    assert set(lines[0]) == {"step", "loss", "grad_norm", "skipped", "learning_rate", "epoch"}
-    assert set(lines[2]) == {*lines[0], "eval_loss"}
+@pytest.mark.parametrize(("imitate", "count"), [("chosen", 12), ("all", 14), ("best", 14)])
+def test_sft(base, tmp_path, imitate, count, capfd):
+    """Of the fourteen instructions one has equal ratings and one a single rated response: two have no pair."""
+    values = {"objective": "sft", "imitate": imitate, "steps": 4, "evaluation_fraction": 0.2}
+    values |= {"optimizer": {"learning_rate": 1e-2, "warmup_ratio": 0}}
+    run = train(make_config(base | values | {"run_dir": str(tmp_path / "run")}))
+    lines = metrics(run, "responses_per_second")
+    said = "".join(capfd.readouterr())
+    trained, held = (int(word) for word in re.search(r"(\d+) instructions to train on, (\d+) held out", said).groups())
+    assert trained + held == count
+    assert ("without a pair" in said) == (imitate == "chosen")
+    names = {"step", "loss", "mean_token_accuracy", "grad_norm", "skipped", "learning_rate", "epoch"}
+    assert set(lines[0]) == names
+    assert set(lines[2]) == {*names, "eval_loss", "eval_mean_token_accuracy"}
     assert lines[-1]["loss"] < lines[0]["loss"]
+    least, most = {"chosen": (1, 2), "all": (3, 4), "best": (1, 1)}[imitate]
+    for line in read_lines(run / "metrics.jsonl"):
+        assert 0 <= line["mean_token_accuracy"] <= 1
+        assert least - 1e-6 <= line["responses_per_second"] / line["instructions_per_second"] <= most + 1e-6
+        assert "pairs_per_second" not in line
+    assert "mean_token_accuracy" in said
+    assert "pairs per second" not in said
+
+
+def test_all_responses_are_imitated_without_ratings_or_pairs(base, tmp_path):
+    """And the best one cannot be found there."""
+    records = [dataclasses.replace(given_record(n, images=0), pairs=()) for n in range(4)]
+    corpus = write_corpus(tmp_path / "plain", records)
+    values = {"corpus": str(corpus), "objective": "sft", "evaluation_fraction": 0, "steps": 2}
+    values |= {"run_dir": str(tmp_path / "run")}
+    for imitate, message in (
+        ("chosen", "no record to train on under pair_rule 'given' (4 without a pair)"),
+        ("best", "imitate best: this corpus has no ratings; use imitate: all or chosen"),
+    ):
+        with pytest.raises(UserError) as caught:
+            train(make_config(base | values | {"imitate": imitate}))
+        assert message in str(caught.value)
+    assert len(metrics(train(make_config(base | values | {"imitate": "all"})))) == 2
 
 
 @pytest.mark.parametrize(

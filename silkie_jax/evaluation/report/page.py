@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
 from silkie_jax.errors import UserError
@@ -25,6 +24,11 @@ from silkie_jax.evaluation.report.runs import (
 )
 from silkie_jax.evaluation.table import find_benchmark
 from silkie_jax.image_limits import FORMATS
+
+try:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+except ImportError:
+    raise UserError("reports need jinja2: pip install 'silkie-jax[evaluation]'") from None
 
 _SIDE = 320  # pixels of an example's image
 _MOST_SPOKES = 16
@@ -172,10 +176,8 @@ def overview(checkpoints: Sequence[Checkpoint], benchmarks: Sequence[dict[str, A
 
 
 def _share(value: float, figure: Figure) -> float:
-    """Of the best possible, in [0, 1]; faults count from the other end."""
-    if figure.faults:
-        return min(max(1 - value / (figure.best or 1.0), 0.0), 1.0)
-    return min(max(value / figure.best, 0.0), 1.0)
+    """How far from the worst to the best, in [0, 1]."""
+    return min(max((value - figure.worst) / (figure.best - figure.worst), 0.0), 1.0)
 
 
 def shown_figure(value: float | None) -> str:

@@ -40,7 +40,7 @@ def bars(title: str, parts: Sequence[str], values: Mapping[str, Mapping[str, Int
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     if len(values) > 1:
-        axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.06), ncols=3)
+        axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     return _png(figure)
 
 

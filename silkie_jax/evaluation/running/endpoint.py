@@ -32,7 +32,7 @@ class Endpoint:
         """Asks every item and writes `out`; requests and replies lie in `out`.run/.
 
         Images and text go as one message of the user, in the form that the server makes of them. What the endpoint
-        refuses is an empty answer marked as failed.
+        refuses is an answer marked as failed, in the server's words if it has any.
 
         Raises:
             UserError: what is wrong, in one line; nothing that was answered is lost.

@@ -5,7 +5,7 @@ answers hold.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,18 +38,21 @@ def read_lines(path: Path) -> list[str]:
     return lines[:-1] if lines[-1] == "" else lines
 
 
-def read_json(path: Path, *, unique: bool = False) -> Any:
+def read_json(
+    path: Path, *, unique: bool = False, hook: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> Any:
     """A JSON file.
 
     Args:
         unique: refuse a key that an object has twice; otherwise the last one wins, as for the official scripts.
+        hook: what each object becomes as soon as it was read, where memory would not hold the whole; not with `unique`.
 
     Raises:
         UserError: it is not there, or not JSON.
     """
     text = read_text(path)
     try:
-        return json.loads(text, object_pairs_hook=_distinct if unique else None)
+        return json.loads(text, object_pairs_hook=_distinct if unique else None, object_hook=hook)
     except _Twice as error:
         raise UserError(f"{path}: the key {str(error)!r} is there twice: remove one") from None
     except json.JSONDecodeError as error:

@@ -40,7 +40,7 @@ class Judge:
 class JudgeRun(RunStore):
     """A run's folder (see `RunStore`) with its dialogues: `asked` is the hash of the first request."""
 
-    made_by = "silkie eval"
+    made_by = "silkie evaluate judge"
     tables = """
 CREATE TABLE dialogues (
     number INTEGER PRIMARY KEY, benchmark TEXT NOT NULL, key TEXT NOT NULL, asked TEXT NOT NULL, run INTEGER NOT NULL,

@@ -69,6 +69,7 @@ def judge(
     data: Path | None = None,
     runs: int = 1,
     settings: dict[str, str] | None = None,
+    say: Callable[[str], None] = print,
 ) -> Path | None:
     """Asks a judge about a file of answers and writes its replies; requests and replies lie in `out`.run/.
 
@@ -85,7 +86,10 @@ def judge(
     if not answers.exists():
         raise UserError(f"{answers}: no such file or folder")
     _, items, found = read_all(name, benchmark, answers, data, given)
-    replies = ask_judge(name, items, found, given, config, out.with_name(out.name + ".run"), options, runs)
+    folder = out.with_name(out.name + ".run")
+    replies = ask_judge(
+        name, items, found, given, config, folder, options, runs, report=lambda stage: say(stage.table())
+    )
     if options.dry_run:
         return None
     write_replies(out, replies)

@@ -39,6 +39,7 @@ class Scored:
         found = {name: float(value) for name, value in self.score.sums.figures().items()}
         between = intervals(self.score.sums)
         origin = self.origin
+        failed = sum("failed" in answer.fields for answer in self.answers)
         return {
             "benchmark": self.name,
             "title": self.benchmark.ABOUT.title,
@@ -51,7 +52,7 @@ class Scored:
             "settings": self.settings,
             "rows": len(self.items),
             "images": len(self.score.sums.images),
-            "counts": self.score.counts,
+            "counts": self.score.counts | ({"refused or failed at the endpoint": failed} if failed else {}),
             "notes": self.score.notes,
             "answers": None
             if origin is None
@@ -118,13 +119,13 @@ def score_answers(
     parser = parser or about.parsers[0]
     if parser not in about.parsers:
         raise UserError(f"--parser {parser}: {name} has {', '.join(about.parsers)}")
+    if replies is not None and about.judge is None:
+        raise UserError(f"--replies: {name} has no judge")
     if not answers.exists():
         raise UserError(f"{answers}: no such file or folder")
     origin, items, found = read_all(name, benchmark, answers, data, given)
     told = None
     if replies is not None:
-        if about.judge is None:
-            raise UserError(f"--replies: {name} has no judge")
         told = read_replies(replies, benchmark, items, found, given)
     score = benchmark.score(items, found, told, parser, given)
     return Scored(name, benchmark, items, found, origin, told, parser, given, score)
