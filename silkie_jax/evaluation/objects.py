@@ -24,8 +24,8 @@ ABOUT = About(
     data=f"a folder with {IMAGES}, lines {{image, objects, [question]}}, and {VOCABULARY}, {{object: [other words for "
     "it]}; images beside them or in images/",
     figures=(
-        Figure("CHAIRi", 0.0, faults=True),
-        Figure("CHAIRs", 0.0, faults=True),
+        Figure("CHAIRi", 0.0, worst=1.0),
+        Figure("CHAIRs", 0.0, worst=1.0),
         Figure("coverage", 1.0),
     ),
     decoding=Decoding(max_new_tokens=512),
