@@ -12,18 +12,22 @@ computed once for all. Three lessons:
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from examples.world import questions
 from examples.world.drawing import encode
 from examples.world.questions import Question
-from examples.world.scenes import Scene, scenes
+from examples.world.scenes import COLOURS, PLACES, SHAPES, WORDS, Scene, scenes
 
 ASK_AND_ANSWER = "Ask and answer."
 """The prompt of rows whose responses are questions with their answers."""
 QUESTIONS = 8
+"""In such a row."""
+CHECK = "Check the picture."
+"""The prompt of rows whose responses are claims with their verdicts."""
+LISTS = 3
 """In such a row."""
 
 Lesson = Callable[[Scene, random.Random], tuple[str, list[str]]]
@@ -45,6 +49,48 @@ def thing_first(scene: Scene, rng: random.Random) -> str:
 def looking(scene: Scene, rng: random.Random) -> tuple[str, list[str]]:
     """Questions with their answers."""
     return ASK_AND_ANSWER, [f"{one.text}\n{one.answer}" for one in exchanges(scene, rng, QUESTIONS)]
+
+
+def checking(scene: Scene, rng: random.Random) -> tuple[str, list[str]]:
+    """Some of the lists of claims, each claim with its verdict."""
+    kinds = claims(scene, rng)
+    chosen = rng.sample(sorted(kinds), min(LISTS, len(kinds)))
+    return CHECK, [" ".join(f"{claim}: {'yes' if true else 'no'}." for claim, true in kinds[kind]) for kind in chosen]
+
+
+def claims(scene: Scene, rng: random.Random) -> dict[str, list[tuple[str, bool]]]:
+    """Lists of claims about a scene, each with whether it is so, in the words of the questions that ask for it.
+
+    What a list goes by stands in a fixed order, so that little of it is a guess, and half of the rest is true.
+    """
+
+    def either(true: str, names: Sequence[str]) -> str:
+        return true if rng.random() < 0.5 else rng.choice([name for name in names if name != true])
+
+    by_colour = {thing.colour: thing for thing in scene.things}
+    shapes = {colour: rng.choice(SHAPES) for colour in COLOURS}
+    shapes |= {colour: either(thing.shape, SHAPES) for colour, thing in by_colour.items()}
+    lists = {
+        "colours": [(f"{colour} object", colour in by_colour) for colour in COLOURS],
+        "shapes": [(shape, any(thing.shape == shape for thing in scene.things)) for shape in SHAPES],
+        "names": [
+            (f"{colour} {shape}", colour in by_colour and by_colour[colour].shape == shape)
+            for colour, shape in shapes.items()
+        ],
+        "counts": [(questions.number(n), n == len(scene.objects)) for n in range(1, len(questions.NUMBERS))],
+        "places": [],
+        "colours of shapes": [],
+        "shapes of colours": [],
+    }
+    for thing in scene.things:
+        place, colour = either(thing.place, PLACES), either(thing.colour, list(COLOURS))
+        shape = either(thing.shape, SHAPES)
+        lists["places"].append((f"{thing.name} at the {place}", place == thing.place))
+        lists["colours of shapes"].append((f"{thing.shape} at the {thing.place} {colour}", colour == thing.colour))
+        lists["shapes of colours"].append((f"{thing.colour} object a {shape}", shape == thing.shape))
+    if scene.sign is not None:
+        lists["words"] = [(f"sign say {word}", word == scene.sign.word) for word in WORDS]
+    return lists
 
 
 def answering(scene: Scene, rng: random.Random) -> tuple[str, list[str]]:
@@ -69,7 +115,12 @@ def exchanges(scene: Scene, rng: random.Random, count: int) -> list[Question]:
     return asked[:count]
 
 
-LESSONS: dict[str, Lesson] = {"describing": describing, "looking": looking, "answering": answering}
+LESSONS: dict[str, Lesson] = {
+    "describing": describing,
+    "checking": checking,
+    "looking": looking,
+    "answering": answering,
+}
 
 
 def rows(lessons: Mapping[str, float], count: int, seed: int, most: int = 4) -> Iterator[tuple[Scene, dict[str, Any]]]:

@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from examples.world.scenes import COLOURS, GROUNDS, SIDE, Box, Scene
 
-_SCALE = 4  # edges are smoothed by drawing larger and scaling down
+_SCALE = 2  # edges are smoothed by drawing larger and scaling down
 _INK, _BOARD = (20, 20, 20), (255, 255, 255)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from examples.tiny_qwen_vl import GRID, learn_bpe, make_config, sine_table, write_weights
-from examples.world import habits, questions
+from examples.world import curriculum, habits, questions
 from examples.world.drawing import draw
 from examples.world.scenes import scenes
 
@@ -47,12 +47,14 @@ def words(seed: int = 0, count: int = 400) -> str:
     """Text in which every word of the world occurs, and those of the prompt's form around it."""
     rng = random.Random(seed)
     said = ["system\nYou are a helpful assistant.\nuser\nassistant\nPicture 1: ", *questions.DESCRIBE]
+    said += [curriculum.CHECK, curriculum.ASK_AND_ANSWER]
     for scene in itertools.islice(scenes(seed, "train"), count):
         said.append(questions.describe(scene))
         for task in questions.tasks_of(scene):
             for wanted in (True, False):
                 question = questions.yes_no(scene, rng, task, wanted)
                 said += [question.text + questions.YES_NO, question.answer, question.agreement, question.short]
+        said += [claim for claims in curriculum.claims(scene, rng).values() for claim, _ in claims]
         said += [habit(scene, questions.description(scene, rng), rng) for habit in habits.HABITS.values()]
         said += [one for q in [questions.open_question(scene, rng)] for one in (q.text, q.answer)]
     return "\n".join(said)
