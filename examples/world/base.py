@@ -26,7 +26,7 @@ CONFIG = Path(__file__).with_name("base.yaml")
 SHIPPED = Path(__file__).with_name("base")
 SILKIE = Path(sys.executable).with_name("silkie")
 DEVICES = 2
-"""Of the mesh: JAX takes each for a device of its own, so that both cores are used. Another number gives other bytes."""
+"""Of the mesh: JAX takes each for a device, so that both cores are used. Another number gives other bytes."""
 DTYPE = "bfloat16"
 """What the weights are shipped in: half of the bytes, and training keeps what it changes in float32 anyway."""
 
