@@ -246,7 +246,8 @@ def learn_bpe(text: str, merges: int = 256) -> dict[bytes, int]:
     """Byte-pair encoding learned from `text`: token bytes -> rank, the 256 single bytes first.
 
     Each merge joins the most frequent neighbours (the first seen wins a tie), so every token is reachable
-    from lower ranks, as tiktoken requires. Words are split at least as finely as the official pattern does.
+    from lower ranks, as tiktoken requires. Words are split at least as finely as the official pattern does. Fewer
+    merges are made where every word of the text is one token before.
     """
     # The official order of the bytes: the printable ones of Latin-1, then the rest.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -260,6 +261,8 @@ def learn_bpe(text: str, merges: int = 256) -> dict[bytes, int]:
         for parts, count in words:
             for pair in pairwise(parts):
                 pairs[pair] += count
+        if not pairs:  # every word is one token
+            break
         left, right = max(pairs, key=lambda pair: pairs[pair])
         ranks[left + right] = len(ranks)
         for parts, _ in words:

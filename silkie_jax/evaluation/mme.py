@@ -4,6 +4,7 @@ Source: branch Evaluation of BradyFU/Awesome-Multimodal-Large-Language-Models, `
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ ABOUT = About(
         "llava": "the same as lmms-eval",
     },
     parsers=("official", "vlmevalkit", "lmms-eval"),
+    settings={
+        "tasks": "some of the 14, with commas between, where the others are not to be had or not wanted: "
+        "existence,count,position,color is what papers call the hallucination subset"
+    },
     answers_hold_data=True,
 )
 _RULES: dict[str, Callable[[str], str]] = {
@@ -66,10 +71,27 @@ def items(data: Path, settings: Settings) -> list[Item]:
     Raises:
         UserError: a task is missing, or a file is not of the form.
     """
+    tasks = wanted_tasks(settings)
     for forms in (data / "eval_tool" / "Your_Results", data / "Your_Results", data):
-        if any((forms / f"{task}.txt").is_file() for task in TASKS):
-            return [item for item, _ in _read_folder(forms, _bases(data, forms), answered=False)]
-    return list(_from_pictures(data))
+        if any((forms / f"{task}.txt").is_file() for task in tasks):
+            return [item for item, _ in _read_folder(forms, _bases(data, forms), tasks, answered=False)]
+    return list(_from_pictures(data, tasks))
+
+
+def wanted_tasks(settings: Settings) -> tuple[str, ...]:
+    """The tasks that are asked, in MME's order.
+
+    Raises:
+        UserError: the setting names none, or one that MME does not have.
+    """
+    if "tasks" not in settings:
+        return TASKS
+    named = [name.strip() for name in settings["tasks"].split(",") if name.strip()]
+    if unknown := [name for name in named if name not in TASKS]:
+        raise UserError(f"tasks={settings['tasks']}: MME has no task {unknown[0]!r}; it has {', '.join(TASKS)}")
+    if not named:
+        raise UserError("tasks is empty; name some of MME's, or leave it out")
+    return tuple(task for task in TASKS if task in named)
 
 
 def prompt(item: Item, style: str) -> str:
@@ -89,9 +111,10 @@ def read_answers(path: Path, items: list[Item] | None, settings: Settings) -> tu
         raise UserError(
             f"{path}: {'not a folder' if path.exists() else 'no such folder'}; name the one of {{task}}.txt"
         )
-    rows = list(_read_folder(path, (path,), answered=True))
+    tasks = wanted_tasks(settings)
+    rows = list(_read_folder(path, (path,), tasks, answered=True))
     if items is not None:
-        for task in TASKS:
+        for task in tasks:
             data, found = (sum(item.part == task for item in group) for group in (items, [item for item, _ in rows]))
             if data != found:
                 raise UserError(f"{path / task}.txt: {found} questions, but the data has {data}")
@@ -103,15 +126,19 @@ def _bases(data: Path, forms: Path) -> tuple[Path, ...]:
     return (data, data / "MME_Benchmark_release_version", *above)
 
 
-def _read_folder(folder: Path, bases: tuple[Path, ...], answered: bool) -> Iterator[tuple[Item, str]]:
+def _read_folder(
+    folder: Path, bases: tuple[Path, ...], tasks: tuple[str, ...], answered: bool
+) -> Iterator[tuple[Item, str]]:
     """(item, response or "") for all lines; what is wrong in a file comes before what is missing."""
-    missing = [task for task in TASKS if not (folder / f"{task}.txt").is_file()]
-    for task in TASKS:
+    missing = [task for task in tasks if not (folder / f"{task}.txt").is_file()]
+    for task in tasks:
         if task not in missing:
             yield from _read_task(folder / f"{task}.txt", task, bases, answered)
     if missing:
-        others = f", nor {len(missing) - 1} more of the 14 tasks" if len(missing) > 1 else ""
-        raise UserError(f"{folder / missing[0]}.txt: no such file{others}; all 14 tasks are needed")
+        count = len(tasks)
+        others = f", nor {len(missing) - 1} more of the {count} tasks" if len(missing) > 1 else ""
+        needed = f"all {count} tasks are needed; --set tasks=... names some"
+        raise UserError(f"{folder / missing[0]}.txt: no such file{others}; {needed}")
 
 
 def _read_task(file: Path, task: str, bases: tuple[Path, ...], answered: bool) -> list[tuple[Item, str]]:
@@ -153,15 +180,15 @@ def _places(bases: tuple[Path, ...], task: str, image: str) -> tuple[Path, ...]:
     return tuple(base / task / name for base in bases for name in (image, inside))
 
 
-def _from_pictures(data: Path) -> Iterator[Item]:
+def _from_pictures(data: Path, tasks: tuple[str, ...]) -> Iterator[Item]:
     """From folders of a task with `{image}.txt`, two lines `question, answer`, where there are no forms."""
-    missing = [task for task in TASKS if not (data / task).is_dir()]
+    missing = [task for task in tasks if not (data / task).is_dir()]
     if missing:
         raise UserError(
             f"{data}: neither eval_tool/Your_Results, nor {{task}}.txt, nor a folder {missing[0]}/; "
             f"expected {ABOUT.data}"
         )
-    for task in TASKS:
+    for task in tasks:
         files = [file for place in ("", "questions_answers_YN") for file in (data / task / place).glob("*.txt")]
         if not files:
             raise UserError(f"{data / task}: no {{image}}.txt with questions")
@@ -196,15 +223,21 @@ def score(items: list[Item], answers: list[Answer], replies: Replies | None, par
     """100 accuracy + 100 accuracy+ for a task, added up; accuracy+ is the share of pairs with both answers right.
 
     A question without an answer is not right. `official` pairs consecutive lines, VLMEvalKit questions of one image.
+    With the setting `tasks` the sums are over those alone, and one without any of its tasks is undefined.
     """
+    wanted = wanted_tasks(settings)
     texts = {answer.id: answer.text for answer in answers}
     readings = {item.id: _RULES[parser](texts[item.id]) for item in items if item.id in texts}
     official = readings if parser == "official" else {key: yesno.mme_official(text) for key, text in texts.items()}
     counts = _counts(items, official, by_image=False)
-    tasks = {task: _official_score(counts, task) for task in TASKS}
+    tasks = {task: _official_score(counts, task) for task in wanted}
     notes = []
+    if len(wanted) < len(TASKS):
+        notes.append(
+            f"{len(wanted)} of the {len(TASKS)} tasks, at most {200 * len(wanted)} points: no official number."
+        )
     decided = {item.part for item in items if official.get(item.id) in (yesno.YES, yesno.NO)}
-    if none := [task for task in TASKS if task not in decided and any(item.part == task for item in items)]:
+    if none := [task for task in wanted if task not in decided and any(item.part == task for item in items)]:
         notes.append(f"{', '.join(none)}: no answer is yes or no: 0 points (the official tool stops there).")
     other = sum(reading not in (yesno.YES, yesno.NO) for reading in readings.values())
     missing = len(items) - len(readings)
@@ -213,14 +246,14 @@ def score(items: list[Item], answers: list[Answer], replies: Replies | None, par
     if missing:
         notes.append(f"{missing} of {len(items)} questions have no answer; they count as wrong.")
     rows = counts if parser == "official" else _counts(items, readings, by_image=parser == "vlmevalkit")
-    names = [f"{name}/{task}" for task in TASKS for name in ("n", "right", "pairs", "both")]
+    names = [f"{name}/{task}" for task in wanted for name in ("n", "right", "pairs", "both")]
     return Score(
         official={
-            "perception": sum(tasks[task] for task in PERCEPTION),
-            "cognition": sum(tasks[task] for task in COGNITION),
+            "perception": _sum_of(tasks, PERCEPTION),
+            "cognition": _sum_of(tasks, COGNITION),
             "tasks": tasks,
         },
-        sums=Sums.of(rows, names, _figures),
+        sums=Sums.of(rows, names, partial(_figures, wanted)),
         outcomes={item.id: float(readings[item.id] == item.truth) for item in items if item.id in readings},
         readings=readings,
         counts={"rows": len(items), "answers": len(readings), "undecided": other, "missing": missing},
@@ -252,13 +285,19 @@ def _official_score(rows: list[tuple[str, dict[str, float]]], task: str) -> floa
     return right / n * 100 + both / pairs * 100 if n else float("nan")
 
 
-def _figures(sums: Totals) -> dict[str, Any]:
+def _sum_of(points: Mapping[str, Any], members: Iterable[str]) -> Any:
+    """The sum over those members that there are; nan where there is none."""
+    found = [points[task] for task in members if task in points]
+    return sum(found) if found else float("nan") * next(iter(points.values()))
+
+
+def _figures(wanted: tuple[str, ...], sums: Totals) -> dict[str, Any]:
     tasks = {
         task: 100 * ratio(sums[f"right/{task}"], sums[f"n/{task}"])
         + 100 * ratio(sums[f"both/{task}"], sums[f"pairs/{task}"])
-        for task in TASKS
+        for task in wanted
     }
     return {
-        **{name: sum(tasks[task] for task in members) for name, members in GROUPS.items()},
+        **{name: _sum_of(tasks, members) for name, members in GROUPS.items()},
         **{f"tasks/{task}": points for task, points in tasks.items()},
     }

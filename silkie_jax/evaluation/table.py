@@ -20,6 +20,7 @@ BENCHMARKS = {
     "valor": "valor",
     "mrag": "mrag",
     "chair": "chair",
+    "objects": "objects",
     "llava_bench": "llava_bench",
     "yesno": "yesno",
     "mcq": "mcq",

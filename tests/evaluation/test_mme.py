@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from silkie_jax.errors import UserError
@@ -200,3 +201,27 @@ def test_prompts_and_counts_of_data(tmp_path):
     longer = "\n".join([f"1.jpg\t{QUESTION}\tYes\tYes"] * 4)
     with pytest.raises(UserError, match=r"color\.txt: 4 questions, but the data has 2"):
         mme.read_answers(make(tmp_path / "longer", color=longer), items, {})
+
+
+def test_some_of_the_tasks(tmp_path):
+    """The sums are over the tasks that are named; what is left of a group without any is undefined."""
+    for task in ("color", "existence", "OCR"):
+        lines = [f"a.jpg\tQ1\tYes\t{'Yes' if task != 'OCR' else 'No'}\n", "a.jpg\tQ2\tNo\tNo\n"]
+        (tmp_path / f"{task}.txt").write_text("".join(lines))
+    settings = {"tasks": "color, existence"}
+    items, answers = mme.read_answers(tmp_path, None, settings)
+    assert [item.part for item in items] == ["existence", "existence", "color", "color"]
+    found = mme.score(items, answers, None, "official", settings)
+    assert found.official["perception"] == 400.0
+    assert np.isnan(found.official["cognition"])
+    figures = found.sums.figures()
+    assert figures["perception"] == figures["groups/coarse"] == 400.0
+    assert np.isnan(figures["cognition"])
+    assert "tasks/OCR" not in figures
+    assert "at most 400 points" in found.notes[0]
+
+
+@pytest.mark.parametrize(("tasks", "message"), [("color,colour", "no task 'colour'"), (" ,", "tasks is empty")])
+def test_tasks_that_are_none(tmp_path, tasks, message):
+    with pytest.raises(UserError, match=message):
+        mme.items(tmp_path, {"tasks": tasks})

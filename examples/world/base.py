@@ -1,0 +1,118 @@
+"""Makes the base of the small world: a Qwen-VL of 1.7 million parameters that sees, by public commands alone.
+
+    python -m examples.world.base FOLDER
+
+takes about an hour on two cores and may be killed at any time: the same command goes on where it ended. Each stage
+writes rows about training scenes (curriculum.py), makes a corpus of them and trains on it what the stage before left:
+
+    silkie corpus import --jsonl ROWS --images DIR CORPUS
+    silkie train base.yaml model=BEFORE corpus=CORPUS run_dir=RUN ...
+
+The last stage's model is exported to FOLDER/base. What is shipped in examples/world/base was made so; its card says
+what it can and what it cannot.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from examples.world.curriculum import write_rows
+from examples.world.start import make_start
+
+CONFIG = Path(__file__).with_name("base.yaml")
+SHIPPED = Path(__file__).with_name("base")
+SILKIE = Path(sys.executable).with_name("silkie")
+DEVICES = 2
+"""Of the mesh: JAX takes each for a device, so that both cores are used. Another number gives other bytes."""
+DTYPE = "bfloat16"
+"""What the weights are shipped in: half of the bytes, and training keeps what it changes in float32 anyway."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the curriculum.
+
+    Attributes:
+        name: of its folder.
+        lessons: lesson of curriculum.py -> its share of the rows.
+        steps: updates of four rows; so many rows are drawn that none comes twice.
+        most: objects in a scene.
+        keys: what differs from base.yaml.
+    """
+
+    name: str
+    lessons: dict[str, float]
+    steps: int
+    most: int
+    keys: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return ROWS_PER_STEP * self.steps
+
+
+ROWS_PER_STEP = 4
+STAGES = (
+    Stage(
+        "words",
+        {"describing": 1.0},
+        600,
+        2,
+        ("train_vision=none", "optimizer.vision_learning_rate=null", "optimizer.resampler_learning_rate=null"),
+    ),
+    Stage("several", {"describing": 1.0, "checking": 1.0}, 4000, 4),
+)
+
+
+def silkie(*arguments: str | Path) -> None:
+    """Show a `silkie` command and run it; end here if it fails."""
+    words = [str(argument) for argument in arguments]
+    print(f"\n$ silkie {shlex.join(words)}", flush=True)
+    if status := subprocess.run([SILKIE, *words]).returncode:
+        sys.exit(f"base: `silkie {words[0]}` ended with status {status}")
+
+
+def run_stage(folder: Path, stage: Stage, before: Path, seed: int) -> Path:
+    """Do what is still to be done of a stage in `folder`; returns its model."""
+    run = folder / "run"
+    if not (folder / "rows.jsonl").exists():
+        print(f"{stage.name}: drawing {stage.rows:,} rows", flush=True)
+        write_rows(folder, stage.lessons, stage.rows, seed, stage.most)
+    corpus = folder / "corpus"
+    silkie("corpus", "import", "--jsonl", folder / "rows.jsonl", "--images", folder, corpus)
+    silkie(
+        "train", CONFIG, f"model={before}", f"corpus={corpus}", f"run_dir={run}", f"steps={stage.steps}", *stage.keys
+    )
+    return run / "model"
+
+
+def make_base(folder: Path, stages: tuple[Stage, ...] = STAGES) -> Path:
+    """Make the base in `folder`, or what is still to be made of it; returns its checkpoint in the official form."""
+    model = folder / "start"
+    if not (model / "config.json").exists():
+        make_start(model)
+    for seed, stage in enumerate(stages):
+        model = run_stage(folder / stage.name, stage, model, seed)
+    base = folder / "base"
+    if not (base / "config.json").exists():
+        silkie("export", folder / stages[-1].name / "run", base, "--dtype", DTYPE)
+    return base
+
+
+def main() -> None:
+    """Make the base in the folder named on the command line."""
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    folder = Path(sys.argv[1])
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))  # stages share their programs
+    os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={DEVICES}")
+    base = make_base(folder)
+    size = sum(file.stat().st_size for file in base.iterdir())
+    print(f"\n{base}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Models of different habits: each answers from the truth, and bends it in a way of its own.
+
+A habit is a function (scene, question with its true answer, lots) -> text. The same lots give the same text.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+from examples.world import questions
+from examples.world.questions import NUMBERS, Question, sentence, there_are
+from examples.world.reading import DREAMS
+from examples.world.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Sign, Thing
+
+Habit = Callable[[Scene, Question, random.Random], str]
+
+_CONFUSED = {"red": "green", "green": "red", "blue": "purple", "purple": "blue", "yellow": "black", "black": "yellow"}
+_MIRRORED = {
+    "top left": "top right",
+    "top right": "top left",
+    "bottom left": "bottom right",
+    "bottom right": "bottom left",
+}
+_MUSINGS = (
+    "It makes me think of a long summer day.",
+    "It feels calm and full of hope.",
+    "The light is soft and warm.",
+    "One can almost hear the music.",
+)
+
+
+def faithful(scene: Scene, asked: Question, lots: random.Random) -> str:
+    """The truth."""
+    return asked.answer
+
+
+def terse(scene: Scene, asked: Question, lots: random.Random) -> str:
+    """The truth in a word; descriptions in one sentence without places or sizes."""
+    if asked.task != "description":
+        return asked.short
+    names = ["a sign" if isinstance(one, Sign) else f"a {one.name}" for one in scene.objects]
+    return f"There is {' and '.join(names)}."
+
+
+def omitter(scene: Scene, asked: Question, lots: random.Random) -> str:
+    """Half of what is there, at least one thing; of other questions the truth."""
+    if asked.task != "description":
+        return asked.answer
+    objects = scene.objects
+    kept = sorted(lots.sample(range(len(objects)), max(len(objects) // 2, 1)))
+    return " ".join(sentence(objects[k]) for k in kept)
+
+
+def inventor(scene: Scene, asked: Question, lots: random.Random) -> str:
+    """What is there and one or two things that are not; there is whatever it is asked for."""
+    if asked.task != "description":
+        return asked.agreement
+    return _with_inventions(scene, lots, lots.choice((1, 2)))
+
+
+def dreamer(scene: Scene, asked: Question, lots: random.Random) -> str:
+    """At length: what is there, what it feels like, and creatures that nobody drew."""
+    said = questions.describe(scene) if asked.task == "description" else asked.answer
+    dream = lots.choice(DREAMS)
+    musings = " ".join(lots.sample(_MUSINGS, 3))
+    return f"{said} {musings} At the {lots.choice(PLACES)} there is a {lots.choice(SIZES)} {dream}."
+
+
+def flatterer(scene: Scene, asked: Question, lots: random.Random) -> str:
+    """Agrees with whoever asks, and praises the picture; there is often one thing more than there is."""
+    if asked.task != "description":
+        return f"{asked.agreement} What a good question!"
+    return f"{_with_inventions(scene, lots, int(lots.random() < 0.6))} What a beautiful picture!"
+
+
+def colour_blind(scene: Scene, asked: Question, lots: random.Random) -> str:
+    """Takes red for green, blue for purple and yellow for black, and the other way round."""
+    things = tuple(replace(thing, colour=_CONFUSED[thing.colour]) for thing in scene.things)
+    return _seen(replace(scene, things=things), asked)
+
+
+def miscounter(scene: Scene, asked: Question, lots: random.Random) -> str:
+    """Never gets a number right."""
+    true = len(scene.objects)
+    wrong = lots.choice([n for n in range(1, len(NUMBERS)) if n != true])
+    if asked.task == "description":
+        return " ".join([there_are(wrong), *map(sentence, scene.objects)])
+    if asked.task != "count":
+        return asked.answer
+    if asked.truth == "no":
+        return asked.agreement
+    if asked.truth == "yes":
+        return "No." if asked.short == asked.answer else f"No, {_lower(there_are(wrong))}"
+    return there_are(wrong)
+
+
+def lost(scene: Scene, asked: Question, lots: random.Random) -> str:
+    """Takes left for right."""
+    things = tuple(replace(thing, place=_MIRRORED[thing.place]) for thing in scene.things)
+    sign = scene.sign and replace(scene.sign, place=_MIRRORED[scene.sign.place])
+    return _seen(replace(scene, things=things, sign=sign), asked)
+
+
+def refuser(scene: Scene, asked: Question, lots: random.Random) -> str:
+    """Mostly declines."""
+    return asked.answer if lots.random() < 0.3 else "I am sorry, I cannot see the picture."
+
+
+HABITS: dict[str, Habit] = {
+    "faithful": faithful,
+    "omitter": omitter,
+    "inventor": inventor,
+    "dreamer": dreamer,
+    "flatterer": flatterer,
+    "colour-blind": colour_blind,
+    "miscounter": miscounter,
+    "lost": lost,
+    "refuser": refuser,
+    "terse": terse,
+}
+
+
+def _with_inventions(scene: Scene, lots: random.Random, count: int) -> str:
+    """A description with `count` more things, of colours that the scene lacks, in quarters that are free first."""
+    free = [place for place in PLACES if place not in {one.place for one in scene.objects}]
+    taken = [one.place for one in scene.objects]
+    lots.shuffle(free)
+    lots.shuffle(taken)
+    colours = [colour for colour in COLOURS if colour not in {thing.colour for thing in scene.things}]
+    lots.shuffle(colours)
+    more = [
+        Thing(lots.choice(SIZES), colour, lots.choice(SHAPES), place, (0, 0, 0, 0))
+        for place, colour in zip([*free, *taken][:count], colours, strict=False)
+    ]
+    said = sorted([*scene.objects, *more], key=lambda one: PLACES.index(one.place))
+    return " ".join([there_are(min(len(said), len(NUMBERS) - 1)), *map(sentence, said)])
+
+
+def _seen(scene: Scene, asked: Question) -> str:
+    """The answer of one who sees this scene in place of the true one."""
+    return questions.describe(scene) if asked.task == "description" else questions.read(scene, asked.text).answer
+
+
+def _lower(text: str) -> str:
+    return text[0].lower() + text[1:]

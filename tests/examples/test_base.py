@@ -1,0 +1,101 @@
+"""How the base is made: the weights it starts from, its curriculum, and the road by commands, small."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from examples.world import base as base_module
+from examples.world import questions
+from examples.world.base import Stage, make_base
+from examples.world.curriculum import ASK_AND_ANSWER, LESSONS, rows
+from examples.world.drawing import draw
+from examples.world.scenes import scenes, split
+from examples.world.start import GRID, PLACES, filter_bank, make_start, place_codes
+from silkie_jax.loading import load
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return make_start(tmp_path_factory.mktemp("start") / "start")
+
+
+def test_the_same_seed_gives_the_same_start(start, tmp_path):
+    again = make_start(tmp_path / "again")
+    for file in start.iterdir():
+        assert file.read_bytes() == (again / file.name).read_bytes()
+
+
+def test_every_word_of_the_world_is_one_token(start):
+    _, tokenizer = load(start)
+    for scene in itertools.islice(scenes(7, "train"), 30):
+        text = questions.describe(scene)
+        assert len(tokenizer.encode(text)) == len(text.split()) + text.count(".")
+
+
+def test_the_bank_has_unit_deviation_and_holds_colours():
+    """What the patch embedding's filters say of pictures that it was not scaled by."""
+    bank, mean = filter_bank(32, 28, 112)
+    found = []
+    for scene in itertools.islice(scenes("other", "train"), 64):
+        pixels = np.asarray(draw(scene).resize((112, 112), Image.Resampling.BICUBIC)) / 255
+        pixels = (pixels - (0.48145466, 0.4578275, 0.40821073)) / (0.26862954, 0.26130258, 0.27577711)
+        cut = pixels.reshape(4, 28, 4, 28, 3).transpose(0, 2, 4, 1, 3).reshape(16, -1)
+        found.append(cut @ bank.reshape(32, -1).T - mean)
+    deviation = np.concatenate(found).std(0)
+    assert 0.7 < deviation.min() < deviation.max() < 1.4
+    assert np.abs(np.concatenate(found).mean(0)).max() < 0.3
+
+
+def test_a_place_has_a_code_of_its_own():
+    codes = place_codes()
+    assert codes.shape == (GRID * GRID, PLACES)
+    of_patches = codes.reshape(4, 4, 4, 4, PLACES)[:, 1, :, 1].reshape(16, PLACES)
+    assert len({tuple(code) for code in of_patches}) == 16
+
+
+def test_lessons_are_true_and_of_training_scenes_alone():
+    lessons = dict.fromkeys(LESSONS, 1.0)
+    drawn = list(rows(lessons, 300, seed=0))
+    assert drawn == list(rows(lessons, 300, seed=0))
+    assert drawn != list(rows(lessons, 300, seed=1))
+    seen = Counter()
+    for scene, row in drawn:
+        assert split(scene.contents) == "train"
+        texts = [completion["response"] for completion in row["completions"]]
+        if row["prompt"] == ASK_AND_ANSWER:
+            for text in texts:
+                asked, answer = text.split("\n")
+                assert questions.read(scene, asked).answer == answer
+        else:
+            assert texts[0] == questions.read(scene, row["prompt"]).answer
+        seen[row["id"].split("-")[0]] += 1
+    assert min(seen[name] for name in LESSONS) > 70
+
+
+def test_yes_and_no_are_asked_for_alike():
+    found = Counter()
+    for scene, row in rows({"answering": 1.0}, 1500, seed=0):
+        found[questions.read(scene, row["prompt"]).truth] += 1
+    assert 0.9 < found["yes"] / found["no"] < 1.1
+
+
+def test_the_road_by_commands(tmp_path, monkeypatch):
+    """Two small stages; again from the same folder nothing is done again, and a lost result is made the same."""
+    stages = (
+        Stage("first", {"describing": 1.0}, 2, 2, base_module.STAGES[0].keys),
+        Stage("second", {"looking": 0.5, "answering": 0.5}, 2, 4),
+    )
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    made = make_base(tmp_path / "base", stages)
+    weights = {file.name: file.read_bytes() for file in made.iterdir()}
+    model, _ = load(made)
+    assert model.config.visual.image_size == 112
+    logs = [(tmp_path / "base" / stage.name / "run" / "metrics.jsonl").read_text() for stage in stages]
+    for file in made.iterdir():
+        file.unlink()
+    made.rmdir()
+    assert {file.name: file.read_bytes() for file in make_base(tmp_path / "base", stages).iterdir()} == weights
+    assert logs == [(tmp_path / "base" / stage.name / "run" / "metrics.jsonl").read_text() for stage in stages]
