@@ -63,7 +63,14 @@ STAGES = (
         2,
         ("train_vision=none", "optimizer.vision_learning_rate=null", "optimizer.resampler_learning_rate=null"),
     ),
-    Stage("several", {"describing": 1.0, "checking": 1.0}, 4000, 4),
+    Stage("several", {"describing": 1.0, "checking": 1.0}, 2500, 4),
+    Stage(
+        "answering",
+        {"describing": 0.5, "checking": 1.0, "answering": 2.0},
+        3000,
+        4,
+        ("optimizer.schedule=cosine",),
+    ),
 )
 
 

@@ -42,7 +42,7 @@ Vocabulary = Mapping[tuple[str, ...], str]
 
 
 def items(data: Path, settings: Settings) -> list[Item]:
-    """The images of a folder; the truth of each is (its objects, the vocabulary of all).
+    """The images of a folder; the truth of each is its objects.
 
     Raises:
         UserError: a file is missing or not of the form, an image occurs twice, or an object is not in the vocabulary.
@@ -61,7 +61,7 @@ def items(data: Path, settings: Settings) -> list[Item]:
             image,
             optional_text(record, "question", where) or _DETAIL,
             (FilePicture(image, (data / image, data / "images" / image)),),
-            frozenset(objects),
+            tuple(dict.fromkeys(objects)),
             fields={"vocabulary": vocabulary},
         )
     return list(found.values())
@@ -155,7 +155,7 @@ def verdict(item: Item, text: str) -> Verdict:
     """Holds a description against the objects of its image."""
     named = tuple(mentions(text, item.fields["vocabulary"]))
     wrong = tuple(name for name in named if name not in item.truth)
-    return Verdict(named, wrong, item.truth & set(named), len(words_of(text)))
+    return Verdict(named, wrong, frozenset(item.truth) & set(named), len(words_of(text)))
 
 
 _NAMES = ("descriptions", "mentions", "wrong", "faulty", "told", "there", "words")

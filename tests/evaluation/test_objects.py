@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from silkie_jax.cli import main
 from silkie_jax.errors import UserError
 from silkie_jax.evaluation import objects
+from silkie_jax.evaluation.running.scoring import score_answers, write_outcomes
 from tests.evaluation.scoring import figures, score, write
 
 VOCABULARY = {"light": [], "traffic light": ["traffic lights"], "dog": ["dogs", "puppy"], "cat": []}
@@ -99,6 +101,18 @@ def test_malformed_answers(tmp_path, answers, message):
     path = write(tmp_path / "answers.jsonl", answers)
     with pytest.raises(UserError, match=message):
         objects.read_answers(path, objects.items(data(tmp_path), {}), {})
+
+
+def test_by_commands(tmp_path, capsys):
+    """Answers in our own form would be read alike; the score and every outcome are written as JSON."""
+    answers = write(tmp_path / "answers.jsonl", [{"image": "a.jpg", "response": "A dog and a cat."}])
+    folder = str(data(tmp_path))
+    assert main(["evaluate", "score", "objects", str(answers), "--data", folder, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["figures"]["CHAIRi"]["value"] == 0.5
+    write_outcomes(tmp_path / "outcomes.jsonl", score_answers("objects", answers, data=tmp_path))
+    (line,) = (tmp_path / "outcomes.jsonl").read_text().splitlines()
+    assert json.loads(line)["truth"] == json.dumps(LINES[0]["objects"])
 
 
 def test_descriptions_without_data_are_refused(tmp_path):
