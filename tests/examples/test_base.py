@@ -1,6 +1,7 @@
 """How the base is made: the weights it starts from, its curriculum, and the road by commands, small."""
 
 import itertools
+import re
 from collections import Counter
 
 import numpy as np
@@ -10,9 +11,9 @@ from PIL import Image
 from examples.world import base as base_module
 from examples.world import questions
 from examples.world.base import Stage, make_base
-from examples.world.curriculum import ASK_AND_ANSWER, LESSONS, rows
+from examples.world.curriculum import ASK_AND_ANSWER, CHECK, LESSONS, rows
 from examples.world.drawing import draw
-from examples.world.scenes import scenes, split
+from examples.world.scenes import COLOURS, SHAPES, scenes, split
 from examples.world.start import GRID, PLACES, filter_bank, make_start, place_codes
 from silkie_jax.loading import load
 
@@ -61,7 +62,7 @@ def test_lessons_are_true_and_of_training_scenes_alone():
     drawn = list(rows(lessons, 300, seed=0))
     assert drawn == list(rows(lessons, 300, seed=0))
     assert drawn != list(rows(lessons, 300, seed=1))
-    seen = Counter()
+    seen, checked = Counter(), 0
     for scene, row in drawn:
         assert split(scene.contents) == "train"
         texts = [completion["response"] for completion in row["completions"]]
@@ -69,10 +70,28 @@ def test_lessons_are_true_and_of_training_scenes_alone():
             for text in texts:
                 asked, answer = text.split("\n")
                 assert questions.read(scene, asked).answer == answer
+        elif row["prompt"] == CHECK:
+            for claim, verdict in re.findall(r"([^:.]+): (yes|no)\.", " ".join(texts)):
+                if (truth := is_so(scene, claim.strip())) is not None:
+                    assert verdict == ("yes" if truth else "no"), claim
+                    checked += 1
         else:
             assert texts[0] == questions.read(scene, row["prompt"]).answer
         seen[row["id"].split("-")[0]] += 1
-    assert min(seen[name] for name in LESSONS) > 70
+    assert min(seen[name] for name in LESSONS) > 40
+    assert checked > 300
+
+
+def is_so(scene, claim: str) -> bool | None:
+    """Of claims about colours, shapes and names, whether they are; None of others."""
+    colour, _, shape = claim.partition(" ")
+    if claim in SHAPES:
+        return any(thing.shape == claim for thing in scene.things)
+    if colour in COLOURS and shape == "object":
+        return any(thing.colour == colour for thing in scene.things)
+    if colour in COLOURS and shape in SHAPES:
+        return any((thing.colour, thing.shape) == (colour, shape) for thing in scene.things)
+    return None
 
 
 def test_yes_and_no_are_asked_for_alike():
