@@ -84,9 +84,11 @@ def test_habits_of_answers():
     assert accuracy("refuser")[0] < 0.4
 
 
+WEIGHED = [name for name, agent in load_pool(POOL_FILE).models.items() for _ in range(int(agent.weight))]
+
+
 def drawn_by_pool(seed):
-    names = [name for name, agent in load_pool(POOL_FILE).models.items() for _ in range(int(agent.weight))]
-    return random.Random(seed).sample(names, 4)
+    return random.Random(seed).sample(WEIGHED, 4)
 
 
 def rated(task, temper=None):
