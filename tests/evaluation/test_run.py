@@ -139,7 +139,7 @@ def test_every_benchmark_says_what_it_needs(name):
         ("score dance {tmp}", "no benchmark 'dance'; there are mme,"),
         ("score mme {tmp}/none", "{tmp}/none: no such file or folder"),
         ("score mme {tmp} --parser other", "--parser other: mme has official, vlmevalkit, lmms-eval"),
-        ("score mme {tmp} --set other=1", "--set other: mme has no such setting; there are: none"),
+        ("score mme {tmp} --set other=1", "--set other: mme has no such setting; there are: tasks"),
         ("score mme {tmp} --set other", "--set 'other' is not like name=value"),
         ("score mme {tmp} --replies x", "--replies: mme has no judge"),
         ("score pope {base}/mme/answers.jsonl", "holds answers to mme, not to pope"),
