@@ -24,7 +24,7 @@ from tests.training.support import image_bytes, read_lines, write_corpus
 
 def client(server, **options):
     return openai.OpenAI(
-        **{"base_url": f"{server.url}/v1", "api_key": "none", "max_retries": 0, "timeout": 60, **options}
+        **{"base_url": f"{server.url}/v1", "api_key": "none", "max_retries": 0, "timeout": 300, **options}
     )
 
 
@@ -49,7 +49,7 @@ def greedy(server, text="What is this?", *images, most=12, **body):
 
 
 def post(server, path="/v1/chat/completions", **options):
-    return httpx2.post(server.url + path, timeout=60, **options)
+    return httpx2.post(server.url + path, timeout=300, **options)
 
 
 def error(response, status):
