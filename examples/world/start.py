@@ -4,8 +4,8 @@ Nothing in it is learned, but it is not arbitrary either, since little can be le
 
 - The vocabulary has a token for every word of the world.
 - The patch embedding is a bank of cosines (the discrete cosine transform of JPEG) in brightness and two colour
-  differences, so that the colours and edges of a patch lie in it linearly. Slow waves are the stronger ones, or colours,
-  which three filters hold, would drown in edges.
+  differences, so that the colours and edges of a patch lie in it linearly. Slow waves are the stronger ones: colours,
+  which three filters hold, would else drown in edges.
 - The resampler's queries look at the patch that lies where they do, and hand on what they see.
 - The rest is random at the usual scale, outputs into a residual stream divided by the square root of their number.
 """
