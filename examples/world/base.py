@@ -38,7 +38,7 @@ class Stage:
     Attributes:
         name: of its folder.
         lessons: lesson of curriculum.py -> its share of the rows.
-        steps: updates of four rows; so many rows are drawn that none comes twice.
+        steps: updates of eight rows; so many rows are drawn that none comes twice.
         most: objects in a scene.
         keys: what differs from base.yaml.
     """
@@ -54,22 +54,16 @@ class Stage:
         return ROWS_PER_STEP * self.steps
 
 
-ROWS_PER_STEP = 4
+ROWS_PER_STEP = 8
+FROZEN = ("train_vision=none", "optimizer.vision_learning_rate=null", "optimizer.resampler_learning_rate=null")
 STAGES = (
-    Stage(
-        "words",
-        {"describing": 1.0},
-        600,
-        2,
-        ("train_vision=none", "optimizer.vision_learning_rate=null", "optimizer.resampler_learning_rate=null"),
-    ),
-    Stage("several", {"describing": 1.0, "checking": 1.0}, 2500, 4),
+    Stage("describing", {"describing": 1.0}, 1000, 4, FROZEN),
     Stage(
         "answering",
-        {"describing": 0.5, "checking": 1.0, "answering": 2.0},
-        3000,
+        {"describing": 1.0, "checking": 1.5, "answering": 2.5},
+        2500,
         4,
-        ("optimizer.schedule=cosine",),
+        (*FROZEN, "optimizer.schedule=cosine"),
     ),
 )
 

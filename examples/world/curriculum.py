@@ -40,9 +40,8 @@ def describing(scene: Scene, rng: random.Random) -> tuple[str, list[str]]:
 
 
 def thing_first(scene: Scene, rng: random.Random) -> str:
-    """A description in any order, in which what stands there comes before where: "A large red circle is at the ..." """
-    objects = list(scene.objects)
-    rng.shuffle(objects)
+    """Two objects, or one, what stands there before where: "A large red circle is at the top left." """
+    objects = rng.sample(scene.objects, min(2, len(scene.objects)))
     return " ".join(f"A {questions.phrase(one)[2:]} is at the {one.place}." for one in objects)
 
 

@@ -4,7 +4,8 @@ Nothing in it is learned, but it is not arbitrary either, since little can be le
 
 - The vocabulary has a token for every word of the world.
 - The patch embedding is a bank of cosines (the discrete cosine transform of JPEG) in brightness and two colour
-  differences, so that the colours and edges of a patch lie in it linearly, each with unit deviation over pictures.
+  differences, so that the colours and edges of a patch lie in it linearly. Slow waves are the stronger ones: colours,
+  which three filters hold, would else drown in edges.
 - The resampler's queries look at the patch that lies where they do, and hand on what they see.
 - The rest is random at the usual scale, outputs into a residual stream divided by the square root of their number.
 """
@@ -167,7 +168,10 @@ def place_codes() -> np.ndarray:
 
 
 def filter_bank(width: int, patch: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Patch embedding [width, 3, patch, patch] with outputs of unit deviation over pictures, and their mean [width]."""
+    """Patch embedding [width, 3, patch, patch] and the mean of its outputs over pictures [width].
+
+    The deviation of an output over pictures is 4 / (1 + the number of half waves over the patch, both ways).
+    """
     cosines = np.cos(np.pi * np.outer(np.arange(patch), np.arange(patch) + 0.5) / patch)  # [frequency, pixel]
     order = sorted(itertools.product(range(patch), repeat=2), key=lambda uv: (uv[0] + uv[1], abs(uv[0] - uv[1]), uv))
     shares = (width - 2 * (width // 4), width // 4, width // 4)
@@ -184,5 +188,6 @@ def filter_bank(width: int, patch: int, side: int) -> tuple[np.ndarray, np.ndarr
     rows = side // patch
     cut = pixels.reshape(_SAMPLE, rows, patch, rows, patch, 3).transpose(0, 1, 3, 5, 2, 4).reshape(-1, 3 * patch**2)
     found = cut @ bank.reshape(width, -1).T
-    scale = 1 / found.std(0)
+    waves = [u + v for share in shares for u, v in order[:share]]
+    scale = 4 / (1 + np.array(waves)) / found.std(0)
     return (bank * scale[:, None, None, None]).astype(np.float32), (found * scale).mean(0)

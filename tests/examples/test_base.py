@@ -1,7 +1,6 @@
 """How the base is made: the weights it starts from, its curriculum, and the road by commands, small."""
 
 import itertools
-import re
 from collections import Counter
 
 import numpy as np
@@ -13,7 +12,7 @@ from examples.world import questions
 from examples.world.base import Stage, make_base
 from examples.world.curriculum import ASK_AND_ANSWER, CHECK, LESSONS, rows
 from examples.world.drawing import draw
-from examples.world.scenes import COLOURS, SHAPES, scenes, split
+from examples.world.scenes import scenes, split
 from examples.world.start import GRID, PLACES, filter_bank, make_start, place_codes
 from silkie_jax.loading import load
 
@@ -36,7 +35,7 @@ def test_every_word_of_the_world_is_one_token(start):
         assert len(tokenizer.encode(text)) == len(text.split()) + text.count(".")
 
 
-def test_the_bank_has_unit_deviation_and_holds_colours():
+def test_the_bank_is_scaled_as_it_says():
     """What the patch embedding's filters say of pictures that it was not scaled by."""
     bank, mean = filter_bank(32, 28, 112)
     found = []
@@ -46,8 +45,9 @@ def test_the_bank_has_unit_deviation_and_holds_colours():
         cut = pixels.reshape(4, 28, 4, 28, 3).transpose(0, 2, 4, 1, 3).reshape(16, -1)
         found.append(cut @ bank.reshape(32, -1).T - mean)
     deviation = np.concatenate(found).std(0)
-    assert 0.7 < deviation.min() < deviation.max() < 1.4
-    assert np.abs(np.concatenate(found).mean(0)).max() < 0.3
+    assert deviation[[0, 16, 24]] == pytest.approx(4, rel=0.25)  # a colour each: brightness and two differences
+    assert deviation[[1, 2, 17, 18]] == pytest.approx(2, rel=0.25)
+    assert np.abs(np.concatenate(found).mean(0)).max() < 0.6
 
 
 def test_a_place_has_a_code_of_its_own():
@@ -57,12 +57,21 @@ def test_a_place_has_a_code_of_its_own():
     assert len({tuple(code) for code in of_patches}) == 16
 
 
+def truth_of(scene, claim):
+    """What the one question says that holds a claim's words."""
+    forms = ("Is there a {} in this image?", "Is there {} in this image?", "Are there {} in this image?",
+             "Is the {} of this image?", "Is the {}?", "Does the {}?")  # fmt: skip
+    asked = [questions.read(scene, form.format(claim)) for form in forms]
+    (truth,) = {one.truth for one in asked if one.task != "description"}
+    return truth
+
+
 def test_lessons_are_true_and_of_training_scenes_alone():
     lessons = dict.fromkeys(LESSONS, 1.0)
     drawn = list(rows(lessons, 300, seed=0))
     assert drawn == list(rows(lessons, 300, seed=0))
     assert drawn != list(rows(lessons, 300, seed=1))
-    seen, checked = Counter(), 0
+    seen = Counter()
     for scene, row in drawn:
         assert split(scene.contents) == "train"
         texts = [completion["response"] for completion in row["completions"]]
@@ -71,27 +80,12 @@ def test_lessons_are_true_and_of_training_scenes_alone():
                 asked, answer = text.split("\n")
                 assert questions.read(scene, asked).answer == answer
         elif row["prompt"] == CHECK:
-            for claim, verdict in re.findall(r"([^:.]+): (yes|no)\.", " ".join(texts)):
-                if (truth := is_so(scene, claim.strip())) is not None:
-                    assert verdict == ("yes" if truth else "no"), claim
-                    checked += 1
+            for claim in " ".join(texts).removesuffix(".").split(". "):
+                assert truth_of(scene, claim.split(": ")[0]) == claim.split(": ")[1]
         else:
             assert texts[0] == questions.read(scene, row["prompt"]).answer
         seen[row["id"].split("-")[0]] += 1
-    assert min(seen[name] for name in LESSONS) > 40
-    assert checked > 300
-
-
-def is_so(scene, claim: str) -> bool | None:
-    """Of claims about colours, shapes and names, whether they are; None of others."""
-    colour, _, shape = claim.partition(" ")
-    if claim in SHAPES:
-        return any(thing.shape == claim for thing in scene.things)
-    if colour in COLOURS and shape == "object":
-        return any(thing.colour == colour for thing in scene.things)
-    if colour in COLOURS and shape in SHAPES:
-        return any((thing.colour, thing.shape) == (colour, shape) for thing in scene.things)
-    return None
+    assert min(seen[name] for name in LESSONS) > 50
 
 
 def test_yes_and_no_are_asked_for_alike():
