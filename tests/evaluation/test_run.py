@@ -99,6 +99,8 @@ def test_a_report_lays_runs_side_by_side(silkie, runs, tmp_path):
         assert "Silkie (paper)" in text
         assert "1539.6" in text
         assert "before" in text
+    assert "perception +1500.0 (+1500.0 to +1500.0); cognition +600.0 (+600.0 to +600.0)." in table
+    assert "perception <b>+1500.0</b> (+1500.0 to +1500.0)" in page
     assert "| dpo | 2000.0 (2000.0 to 2000.0) | 800.0 (800.0 to 800.0) | 28 | official |" in table
     assert page.count("data:image/jpeg;base64,") >= 12  # answers that differ, with their images
     assert "12 of 14 answers that came out differently" in page

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from silkie_jax.evaluation.rules.statistics import compare, intervals
+from silkie_jax.evaluation.rules.statistics import changes, compare, intervals
 from silkie_jax.evaluation.rules.sums import Sums, ratio
 
 
@@ -69,3 +69,20 @@ def test_ratings_are_compared_by_a_paired_bootstrap():
 def test_only_what_both_answered_counts():
     found = compare({"a": 1.0, "b": 0.0}, {"b": 1.0, "c": 0.0}, {})
     assert (found.items, found.better) == (1, 1)
+
+
+def test_changes_are_paired_by_image():
+    """Two checkpoints that differ by the same on each image differ surely, however much images differ."""
+    random = np.random.default_rng(5)
+    right = random.integers(0, 90, 40)
+    rows = [(str(k), {"right": r, "n": 100}) for k, r in enumerate(right)]
+    better = [(image, counts | {"right": counts["right"] + 10}) for image, counts in reversed(rows)]
+    found = changes(share(rows), share([*better, ("another", {"right": 0, "n": 100})]))["share"]
+    assert (found.value, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
+    assert found.beyond_noise
+    apart = share([(str(k), {"right": r, "n": 100}) for k, r in enumerate(random.permutation(right))])
+    found = changes(share(rows), apart)["share"]
+    assert found.value == pytest.approx(0)
+    assert found.low < 0 < found.high
+    assert not found.beyond_noise
+    assert changes(share(rows), share([])) == {}

@@ -4,7 +4,6 @@ import base64
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from silkie_jax.evaluation.report import plots
 from silkie_jax.evaluation.report.runs import (
     Checkpoint,
     Measured,
+    changed_figures,
     comparable,
     differences,
     pictures_of,
@@ -54,6 +54,7 @@ def write_report(runs: Sequence[str], out: Path, examples: int = 12) -> Path:
         autoescape=select_autoescape(["html"]),
     )
     environment.filters["figure"] = shown_figure
+    environment.filters["signed"] = signed_figure
     out.write_text(environment.get_template("report.html.j2").render(shown), encoding="utf-8")
     out.with_suffix(".md").write_text(environment.get_template("report.md.j2").render(shown), encoding="utf-8")
     out.with_suffix(".png").write_bytes(picture)
@@ -97,7 +98,7 @@ def _benchmark(name: str, checkpoints: Sequence[Checkpoint], known: dict[str, An
         "published": {whose: row for whose, row in known.items() if any(figure in row for figure in headline)},
         "groups": [_group(about.title, group, names, there) for group, names in groups.items()],
         "others": [figure for figure in figures if "/" not in figure and figure not in headline],
-        "comparisons": [_comparison(there[0], other, about.figures[0], examples) for other in there[1:]],
+        "comparisons": [_comparison(there[0], other, headline, examples) for other in there[1:]],
     }
 
 
@@ -121,7 +122,7 @@ def _group(title: str, group: str, figures: list[str], there: Sequence[tuple[str
 
 
 def _comparison(
-    first: tuple[str, Measured], second: tuple[str, Measured], figure: Figure, examples: int
+    first: tuple[str, Measured], second: tuple[str, Measured], headline: Sequence[str], examples: int
 ) -> dict[str, Any]:
     (first_name, a), (second_name, b) = first, second
     difference = differences(a, b)
@@ -134,11 +135,12 @@ def _comparison(
     while (better or worse) and len(chosen) < examples:
         chosen += [ids.pop(0) for ids in (better, worse) if ids]
     items = pictures_of(b) if chosen else {}
+    changed = changed_figures(a, b)
     return {
         "first": first_name,
         "second": second_name,
-        "difference": asdict(difference),
         "sentence": difference.sentence,
+        "changes": {name: changed[name] for name in headline if name in changed},
         "different": comparable(a, b),
         "differing": len(differing),
         "examples": [
@@ -185,6 +187,12 @@ def shown_figure(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:.3f}" if abs(value) < 1 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def signed_figure(value: float | None) -> str:
+    """A change for a table."""
+    shown = shown_figure(value)
+    return f"+{shown}" if value is not None and value > 0 else shown.replace("-", "−")
 
 
 def _thumbnail(item: Item | None) -> str | None:

@@ -8,11 +8,13 @@ from typing import Any
 
 from silkie_jax.errors import UserError
 from silkie_jax.evaluation.benchmark import Item
-from silkie_jax.evaluation.rules.statistics import Difference, compare
+from silkie_jax.evaluation.rules.statistics import Change, Difference, changes, compare
+from silkie_jax.evaluation.rules.sums import Sums
 from silkie_jax.evaluation.running.answers import asked_items, items_fingerprint
 from silkie_jax.evaluation.running.answers import read_answers as read_our_answers
 from silkie_jax.evaluation.running.files import read_json, read_json_lines
-from silkie_jax.evaluation.running.run import ANSWERS, OUTCOMES, SCORE
+from silkie_jax.evaluation.running.run import ANSWERS, OUTCOMES, REPLIES, SCORE
+from silkie_jax.evaluation.running.scoring import score_answers
 from silkie_jax.evaluation.table import BENCHMARKS, find_benchmark
 
 
@@ -87,6 +89,30 @@ def differences(first: Measured, second: Measured) -> Difference:
     clusters = {id: outcome.image for id, outcome in first.outcomes.items()}
     ours, theirs = ({id: o.outcome for id, o in m.outcomes.items()} for m in (first, second))
     return compare(ours, theirs, clusters)
+
+
+def changed_figures(first: Measured, second: Measured) -> dict[str, Change]:
+    """What came of each figure, with its interval; {} where the answers or the data are no longer there to score."""
+    a, b = sums_of(first), sums_of(second)
+    return changes(a, b) if a is not None and b is not None else {}
+
+
+def sums_of(measured: Measured) -> Sums | None:
+    """Counts by image, by scoring the answers again as they were scored; None where that cannot be done."""
+    score, answers, replies = measured.score, measured.folder / ANSWERS, measured.folder / REPLIES
+    if not answers.exists():
+        return None
+    try:
+        scored = score_answers(
+            score["benchmark"],
+            answers,
+            replies=replies if replies.exists() else None,
+            parser=score["parser"],
+            settings=dict(score["settings"]),
+        )
+    except UserError:
+        return None
+    return scored.score.sums
 
 
 def comparable(first: Measured, second: Measured) -> list[str]:

@@ -1,7 +1,7 @@
 """How sure a figure is: bootstrap by image, and paired tests of two checkpoints on the same questions."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -43,6 +43,43 @@ def _weights(images: int, draws: int, seed: int):
         count = min(at_once, draws - first)
         drawn = rng.integers(0, images, (count, images)) + images * np.arange(count)[:, None]
         yield np.bincount(drawn.ravel(), minlength=count * images).reshape(count, images).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A figure of a second checkpoint minus that of a first, and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def beyond_noise(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.low > 0 or self.high < 0
+
+
+def changes(first: Sums, second: Sums, draws: int = DRAWS, seed: int = 0) -> dict[str, Change]:
+    """What came of every figure that both have, on the images that both have, by paired bootstrap: each draw takes the
+    same images for both, so that what makes an image hard for either cancels."""
+    place = {image: n for n, image in enumerate(second.images)}
+    shared = [n for n, image in enumerate(first.images) if image in place]
+    a = replace(first, images=tuple(first.images[n] for n in shared), counts=first.counts[shared])
+    order = [place[image] for image in a.images]
+    b = replace(second, images=a.images, counts=second.counts[order])
+    before, after = a.figures(), b.figures()
+    names = [name for name in before if name in after]
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for weights in _weights(len(shared), draws, seed):
+        one, other = a.figures(weights), b.figures(weights)
+        for name in names:
+            found[name].append(np.asarray(other[name] - one[name], np.float64))
+    edge = 100 * (1 - LEVEL) / 2
+    return {
+        name: Change(float(after[name] - before[name]), *_percentiles(np.concatenate(values), edge))
+        for name, values in found.items()
+        if values
+    }
 
 
 @dataclass(frozen=True)
