@@ -1,96 +1,307 @@
-"""The whole road in a few minutes on two CPU cores: convert, import, train, score, export, chat.
+"""Preference distillation from end to end on two CPU cores: a model that invents what it says it sees, and DPO that
+teaches it not to, with the evidence.
 
-The checkpoint is small and random and the preference data are generated, but both are real files in the published
-forms, and every step is the public command that the real ones go through. What it shows is that the road holds and
-that training learns which responses are preferred; the small model's own words mean nothing.
+    python -m examples.quickstart [FOLDER] [--seed N] [--fast]        (runs/quickstart if left out)
 
-    python -m examples.quickstart [FOLDER]      (runs/quickstart if left out; what an earlier run left there goes)
+Models with known faults answer questions about small pictures, a judge with known faults rates their answers, and a
+small Qwen-VL (examples/world/base) first learns to answer as the models do, then what the judge prefers. Every step is
+a public command, shown as it runs. Pictures, models and judge stand in for photographs, the twelve models of VLFeedback
+and GPT-4V, and are asked through the client that asks the real ones; no key, no download and no accelerator is needed.
+
+What is measured is measured on scenes whose contents occur nowhere in training. Killed at any moment, the same command
+continues. docs/quickstart.md explains every step; `--fast` takes the same road in small, where numbers mean nothing.
 """
 
+import argparse
+import contextlib
+import hashlib
 import json
+import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from examples.tiny_qwen_vl import make_checkpoint
-from examples.tiny_vlfeedback import make_rows
+from examples.world.pool import write_configs
+from silkie_jax.evaluation.report.runs import Measured, changed_figures, read_run
 
-CONFIG = Path(__file__).with_name("quickstart.yaml")
+HERE = Path(__file__).parent
+SFT, DPO, BASE = HERE / "quickstart-sft.yaml", HERE / "quickstart-dpo.yaml", HERE / "world" / "base"
 SILKIE = Path(sys.executable).with_name("silkie")
-MARKER = ".made-by-quickstart"
-ROWS = 64
+MARKER, DONE = ".made-by-quickstart", ".done"
+BEST_MODEL = "faithful"
+"""Of the pool, for the paper's second heuristic: GPT-4V there."""
+CORES = 2
+"""JAX takes each for a device. Another number gives other sums in training, and so another table."""
 
 
-def silkie(*arguments: str | Path) -> None:
-    """Show a `silkie` command and run it; end here if it fails."""
-    words = [str(a) for a in arguments]
-    print(f"\n$ silkie {shlex.join(words)}", flush=True)
-    status = subprocess.run([SILKIE, *words]).returncode
-    if status:
-        sys.exit(f"quickstart: `silkie {words[0]}` ended with status {status}")
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything: scenes to ask about, scenes to measure on, and updates of the two trainings."""
+
+    scenes: int = 700
+    held_out: int = 100
+    sft_steps: int = 160
+    dpo_steps: int = 80
 
 
-def start_clean(folder: Path) -> None:
-    """Make `folder`, anew where an earlier quickstart made it; anything else that lies there stays and is an error."""
-    if (folder / MARKER).exists():
-        print(f"quickstart: starting anew in {folder}")
-        shutil.rmtree(folder)
-    elif folder.exists() and any(folder.iterdir()):
-        sys.exit(f"quickstart: {folder} is not empty and was not made by the quickstart; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).touch()
+FAST = Sizes(scenes=40, held_out=6, sft_steps=4, dpo_steps=4)
+
+RULES = {
+    "dpo": "mean_rating",
+    "longest": "longest_as_best",
+    "one-model": f"{{name: model_as_best, model: {BEST_MODEL}}}",
+}
+"""Folder of a DPO run -> how pairs are made: by the ratings, and by the paper's two heuristics that need no judge."""
+NAMES = {"sft": "before", "dpo": "DPO", "longest": "longest as best", "one-model": "one model as best"}
+"""Folder of a model -> its name in reports and in the table."""
+YES_NO = ("sft", "dpo")
+"""What is asked POPE's and MME's questions, too."""
+ROWS = (
+    ("greedy", "objects", "CHAIRi", "said but not there (CHAIR-i), greedy"),
+    ("sampled", "objects", "CHAIRi", "said but not there (CHAIR-i), T = 1"),
+    ("greedy", "objects", "coverage", "there and said (coverage), greedy"),
+    ("sampled", "objects", "coverage", "there and said (coverage), T = 1"),
+    ("greedy", "objects", "words", "words of a description, greedy"),
+    ("sampled", "objects", "words", "words of a description, T = 1"),
+    ("greedy", "pope", "accuracy", "POPE's questions, accuracy"),
+    ("greedy", "mme", "accuracy", "MME's questions, accuracy"),
+)
+"""Lines of the table: decoding, benchmark, figure, and what it is."""
 
 
-def main() -> None:
-    """Run the road in the folder named on the command line."""
+class Road:
+    """Stages in a folder; each is done once, and a file in `.done` says so.
+
+    Raises:
+        SystemExit: the folder holds something else, or what was begun with other arguments or another base.
+    """
+
+    def __init__(self, folder: Path, seed: int, sizes: Sizes):
+        self.folder, self.seed, self.sizes = folder, seed, sizes
+        marker = folder / MARKER
+        asked = {"seed": seed, **asdict(sizes), "base": fingerprint(BASE)}
+        if marker.exists():
+            if json.loads(marker.read_text() or "{}") != asked:
+                sys.exit(
+                    f"quickstart: {folder} was begun with another seed, size or base: remove it or name another folder"
+                )
+            print(f"quickstart: going on in {folder}")
+        elif folder.exists() and any(folder.iterdir()):
+            sys.exit(f"quickstart: {folder} is not empty and was not made by the quickstart; name another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder.with_name(f"{folder.name}{MARKER}")  # beside it, so that the marker is there whole or not at all
+        part.write_text(json.dumps(asked))
+        part.replace(marker)
+        (folder / DONE).mkdir(exist_ok=True)
+
+    def stage(self, name: str, about: str, work: Callable[[], None]) -> None:
+        """Do a stage, unless it was done."""
+        done = self.folder / DONE / name
+        print(f"\n== {about}{' (done before)' if done.exists() else ''}", flush=True)
+        if done.exists():
+            return
+        began = time.monotonic()
+        work()
+        done.write_text(f"{time.monotonic() - began:.1f} s\n")
+
+    def silkie(self, *arguments: str | Path) -> None:
+        """Show a `silkie` command and run it; end here if it fails."""
+        self.show_and_run("silkie", [SILKIE], arguments)
+
+    def python(self, module: str, *arguments: str | Path) -> None:
+        """Show a program of the examples and run it; end here if it fails."""
+        self.show_and_run(f"python -m {module}", [sys.executable, "-m", module], arguments)
+
+    def show_and_run(self, shown: str, program: list[str | Path], arguments: tuple[str | Path, ...]) -> None:
+        words = [str(argument) for argument in arguments]
+        print(f"$ {shown} {shlex.join(words)}", flush=True)
+        if status := subprocess.run([*program, *words]).returncode:
+            sys.exit(f"quickstart: `{shown}` ended with status {status}; the same command continues from here")
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of the files of a folder, with their names."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def pool_of(world: Path, seed: int) -> Iterator[str]:
+    """The models and the judge behind a URL, until the block ends."""
+    command = [sys.executable, "-m", "examples.world.pool", str(world), "--port", "0", "--seed", str(seed)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        try:
+            yield server.stdout.readline().strip()
+        finally:
+            server.stdin.close()
+
+
+def take(road: Road) -> None:
+    """All stages."""
+    silkie, folder, sizes = road.silkie, road.folder, road.sizes
+    world, answers, corpus = folder / "world", folder / "answers", folder / "corpus"
+    weights, sft = folder / "weights", folder / "sft"
+    common = [f"corpus={corpus}", f"seed={road.seed}"]
+
+    def make_world() -> None:
+        numbers = {"--scenes": sizes.scenes, "--held-out": sizes.held_out, "--seed": road.seed}
+        road.python("examples.world.make", world, *(text for pair in numbers.items() for text in map(str, pair)))
+
+    def ask() -> None:
+        with pool_of(world, road.seed) as url:
+            models, judge = write_configs(folder / "configs", url)
+            silkie("corpus", "instructions", world / "instructions.jsonl", answers, "--images", world)
+            silkie("corpus", "respond", answers, "--pool", models)
+            silkie("corpus", "rate", answers, "--judge", judge)
+
+    def build() -> None:
+        silkie("corpus", "build", answers, corpus)
+        silkie("corpus", "report", corpus, "--run", answers)
+
+    def imitate() -> None:
+        if not weights.exists():
+            silkie("convert", BASE, weights)
+        run = folder / "sft-run"
+        silkie("train", SFT, f"model={weights}", *common, f"run_dir={run}", f"steps={sizes.sft_steps}")
+        if not sft.exists():
+            silkie("export", run, sft)
+
+    def refer() -> None:
+        silkie("reference", DPO, f"model={sft}", *common)
+
+    def prefer(name: str) -> None:
+        rule = f"pair_rule={RULES[name]}"
+        silkie("train", DPO, f"model={sft}", *common, rule, f"steps={sizes.dpo_steps}", f"run_dir={folder / name}")
+
+    def measure(name: str) -> None:
+        asked: list[str | Path] = ["--model", sft, "--data", world / "evaluation"]
+        asked += [] if name == "sft" else ["--adapter", folder / name / "adapter"]
+        asked += ["--dtype", "float32", "--max-new-tokens", "96"]
+        yes_no = ["pope", "mme", "--set", f"tasks={MME_TASKS}"] if name in YES_NO else []
+        silkie("evaluate", "run", "objects", *yes_no, *asked, "--out", folder / "greedy" / name)
+        sampled = ["--temperature", "1", "--seed", str(road.seed)]
+        silkie("evaluate", "run", "objects", *asked, *sampled, "--out", folder / "sampled" / name)
+
+    def report() -> None:
+        for decoding in ("greedy", "sampled"):
+            runs = [f"{said}={folder / decoding / name}" for name, said in NAMES.items()]
+            silkie("evaluate", "report", *runs, "--out", folder / f"{decoding}.html")
+        if not (folder / "silkie-small").exists():
+            silkie("export", folder / "dpo", folder / "silkie-small")
+
+    road.stage("world", "A small world: pictures of coloured shapes, and what is asked about them", make_world)
+    road.stage("ask", "Nine models with habits of their own answer, and a judge rates what they say", ask)
+    road.stage("build", "Answers and ratings become a corpus, and a report on it", build)
+    road.stage("sft", "A small Qwen-VL learns to answer as the models do, and to invent as they do", imitate)
+    road.stage("reference", "What it makes of every answer, once: the reference of DPO", refer)
+    road.stage("dpo", "DPO on the ratings: of four answers, those rated higher are preferred", lambda: prefer("dpo"))
+    road.stage(
+        "longest", "Beside it the paper's first heuristic: the longest answer is the best", lambda: prefer("longest")
+    )
+    road.stage(
+        "one-model",
+        f"And its second: the answer of one model ({BEST_MODEL}) is the best",
+        lambda: prefer("one-model"),
+    )
+    for name, said in NAMES.items():
+        about = f"Measured on {sizes.held_out} scenes whose contents no training has seen: {said}"
+        road.stage(f"measure-{name}", about, lambda name=name: measure(name))  # type: ignore[misc]
+    road.stage("report", "Side by side", report)
+    written = table(folder)
+    (folder / "table.md").write_text(written, encoding="utf-8")
+    print(f"\n{written}")
+    chat(road)
+
+
+MME_TASKS = "existence,count,position,color,OCR"
+"""Those of MME's 14 that can be asked about shapes."""
+
+
+def table(folder: Path) -> str:
+    """What came of it as Markdown; the change is DPO's, with its 95 % interval by bootstrap over scenes."""
+    runs = {
+        (decoding, name): read_run(str(folder / decoding / name))
+        for decoding in ("greedy", "sampled")
+        for name in NAMES
+    }
+
+    def measured(decoding: str, name: str, benchmark: str) -> Measured | None:
+        return runs[decoding, name].measured.get(benchmark)
+
+    columns = [NAMES["sft"], NAMES["dpo"], "change (95 %)", NAMES["longest"], NAMES["one-model"]]
+    cells = []
+    for decoding, benchmark, figure, about in ROWS:
+        found = {name: measured(decoding, name, benchmark) for name in NAMES}
+        shown = {name: _number(of.figure(figure)) if of else "" for name, of in found.items()}
+        before, after = found["sft"], found["dpo"]
+        assert before is not None
+        assert after is not None
+        change = changed_figures(before, after)[figure]
+        digits = 1 if abs(change.value) >= 1 or figure == "words" else 3
+        said = f"{change.value:+.{digits}f} ({change.low:+.{digits}f} to {change.high:+.{digits}f})"
+        cells.append([about, shown["sft"], shown["dpo"], said, shown["longest"], shown["one-model"]])
+    lines = [["", *columns], *cells]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(columns) + 1)]
+    rows = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+    rows.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(rows) + "\n"
+
+
+def _number(figure: dict[str, float | None] | None) -> str:
+    value = figure["value"] if figure else None
+    return "–" if value is None else f"{value:.1f}" if value >= 2 else f"{value:.3f}"
+
+
+def chat(road: Road) -> None:
+    """Ask the exported model about the held-out picture whose description was mended most."""
+    before, after = (
+        read_run(str(road.folder / "greedy" / name)).measured["objects"].outcomes for name in ("sft", "dpo")
+    )
+    mended = [id for id in after if id in before and after[id].outcome > before[id].outcome]
+    if not mended:
+        return
+    was = before[mended[0]]
+    picture = road.folder / "world" / "evaluation" / "objects" / "images" / was.image
+    print(f"\nOf {was.image}, which shows {', '.join(json.loads(was.truth))}, it said before DPO:\n{was.answer}\nNow:")
+    options = ["--prompt", was.question, "--greedy", "--max-new-tokens", "96", "--dtype", "float32"]
+    road.silkie("chat", road.folder / "silkie-small", "--image", picture, *options)
+
+
+def main() -> int:
+    """Take the road in the folder named on the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m examples.quickstart", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--seed", type=int, default=0, help="of scenes, models, judge and training")
+    parser.add_argument("--fast", action="store_true", help="the same road in small; its numbers mean nothing")
+    args = parser.parse_args()
     began = time.monotonic()
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart")
-    start_clean(folder)
-
-    official, published = folder / "qwen-vl-tiny", folder / "vlfeedback"
-    print(f"Making a small random Qwen-VL checkpoint in {official} and {ROWS} rated instructions in {published}")
-    make_checkpoint(official)
-    jsonl = make_rows(published, ROWS)
-
-    weights, corpus, run = folder / "weights", folder / "corpus", folder / "run"
-    silkie("convert", official, weights)
-    silkie("corpus", "import", "--jsonl", jsonl, "--images", published, corpus)
-    silkie("train", CONFIG, f"model={weights}", f"corpus={corpus}", f"run_dir={run}")
-    silkie("score", weights, corpus, "--out", folder / "scores.jsonl", "--adapter", run / "adapter")
-    exported = folder / "exported"
-    silkie("export", run, exported)
-    picture = min((published / "merged_images").iterdir())
-    prompt = "What is in this picture?"
-    silkie("chat", exported, "--image", picture, "--prompt", prompt, "--greedy", "--max-new-tokens", "16", "--json")
-
-    summarise(folder, run, exported, time.monotonic() - began)
-
-
-def summarise(folder: Path, run: Path, exported: Path, seconds: float) -> None:
-    """Print what the run's own files say: the first and the last logged step, and the last evaluation."""
-    with (run / "metrics.jsonl").open() as lines:
-        logged = [json.loads(line) for line in lines]
-
-    def values(name: str) -> list[float]:
-        return [row[name] for row in logged if name in row]
-
-    def first_and_last(name: str) -> str:
-        return f"{values(name)[0]:.2f} -> {values(name)[-1]:.2f}"
-
+    road = Road(args.folder, args.seed, FAST if args.fast else Sizes())
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((args.folder / "compiled").resolve()))
+    os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={CORES}")
+    try:
+        take(road)
+    except KeyboardInterrupt:
+        print("\nquickstart: interrupted; the same command continues", file=sys.stderr)
+        return 130
     print(f"""
-Done in {seconds:.0f} s. The reply above means nothing, for the model is random; but training taught what is preferred:
-  pairs ranked rightly   {first_and_last("rewards/accuracies")}, held out {values("eval_rewards/accuracies")[-1]:.2f}
-  margin of rewards      {first_and_last("rewards/margins")}
-  loss                   {first_and_last("loss")}
-In {folder}:
-  corpus/              TFDS ArrayRecord corpus     scores.jsonl     log-probability of every response
-  run/                 metrics, checkpoints        run/adapter/     the trained adapter, in PEFT's form
-  {exported.name}/            the trained model in the official form, adapter merged
-Next: README.md tells how to do the same with Qwen-VL-Chat and VLFeedback.""")
+Done in {time.monotonic() - began:.0f} s. In {args.folder}:
+  greedy.html, sampled.html   the models side by side: figures, and answers that differ with their pictures
+  corpus/report.html          the corpus: ratings, models, lengths, examples
+  table.md                    the table above
+  silkie-small/               the model after DPO in the official form; dpo/adapter/ is what was trained, in PEFT's form
+Next: docs/quickstart.md explains every step. README.md names the same commands for Qwen-VL-Chat and VLFeedback.""")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,6 +16,7 @@ from silkie_jax.checkpoints.sources import Piece, Source, layer_pieces, main_dty
 from silkie_jax.checkpoints.tensor_files import SAFETENSORS_INDEX, index_of, nbytes, plan_shards
 from silkie_jax.models.qwen_vl.names import official_tensors
 
+CARD = "README.md"
 SHARD_BYTES = 5 * 10**9  # the size at which transformers begins another file
 
 
@@ -27,6 +28,7 @@ def export(
     progress: bool = True,
     *,
     shard_bytes: int = SHARD_BYTES,
+    card: str | None = None,
 ) -> None:
     """Writes a checkpoint in the official form, tensor by tensor, an adapter merged into it if one is given.
 
@@ -41,6 +43,7 @@ def export(
       dtype: "float32" or "bfloat16"; None keeps the stored type.
       progress: whether to show a progress bar on stderr.
       shard_bytes: the most bytes of tensors in one file.
+      card: text of CARD, the model card; None: none is written.
 
     Raises:
       UserError: `src` or `adapter` is not sound, `dst` exists, or the disk is too small.
@@ -64,6 +67,8 @@ def export(
                 shard.write(folder, _counted(read_ahead(tasks), bar))
         if len(plan) > 1:
             _write_json(folder / SAFETENSORS_INDEX, index_of(plan))
+        if card is not None:
+            (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def _tasks(

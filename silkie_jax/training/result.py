@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from silkie_jax.checkpoints.convert import parse_dtype
-from silkie_jax.checkpoints.export import export
+from silkie_jax.checkpoints.export import CARD, export
 from silkie_jax.checkpoints.folders import new_folder
 from silkie_jax.checkpoints.peft import open_adapter, read_adapter, save_adapter
 from silkie_jax.checkpoints.sources import Piece, Source, open_source
@@ -17,6 +17,7 @@ from silkie_jax.errors import UserError
 from silkie_jax.models.qwen_vl.config import QwenVLConfig
 from silkie_jax.models.qwen_vl.names import leaves
 from silkie_jax.nn.lora import linears
+from silkie_jax.training.card import model_card
 from silkie_jax.training.checkpoint import kept_steps, read_trainable
 from silkie_jax.training.config import TrainConfig
 from silkie_jax.training.config_file import load_config
@@ -91,14 +92,16 @@ def export_run(
     if config is None:
         raise UserError(f"{run}: the training run has not begun; run `silkie train` first")
     if step is None and is_finished(config, run):
+        card = model_card(config, run, Path(dst).name, adapter=bool(adapter))
         if adapter:
-            _copy_adapter(run / ADAPTER, dst)
+            _copy_adapter(run / ADAPTER, dst, card)
             return None
         base = run / MODEL if MODEL in results(config) else config.model
-        export(base, dst, adapter=run / ADAPTER if ADAPTER in results(config) else None, dtype=dtype)
+        export(base, dst, adapter=run / ADAPTER if ADAPTER in results(config) else None, dtype=dtype, card=card)
         return None
     step = _kept(run, step)
-    _export_checkpoint(run, config, step, dst, bool(adapter), dtype)
+    card = model_card(config, run, Path(dst).name, step=step, adapter=bool(adapter))
+    _export_checkpoint(run, config, step, dst, bool(adapter), dtype, card)
     return step
 
 
@@ -115,7 +118,7 @@ def _kept(run: Path, step: int | None) -> int:
 
 
 def _export_checkpoint(
-    run: Path, config: TrainConfig, step: int, dst: str | Path, adapter_alone: bool, dtype: str | None
+    run: Path, config: TrainConfig, step: int, dst: str | Path, adapter_alone: bool, dtype: str | None, card: str
 ) -> None:
     """Exports a run as it was after `step`. Only what was trained is in memory; the base is read as it is written."""
     model_config = QwenVLConfig.from_folder(config.model)
@@ -126,7 +129,7 @@ def _export_checkpoint(
         arrays = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(trained)}
         base = _Trained(open_source(config.model), arrays, parse_dtype(config.dtype))
     if not config.lora:
-        export(base, dst, dtype=dtype)
+        export(base, dst, dtype=dtype, card=card)
         return
     model = nnx.merge(graph, trained, frozen)
     if config.adapter:  # which may be scaled otherwise than by alpha / rank
@@ -137,14 +140,15 @@ def _export_checkpoint(
     with TemporaryDirectory() as folder:
         save_adapter(model, Path(folder, ADAPTER), base_model=config.model)
         if adapter_alone:
-            _copy_adapter(Path(folder, ADAPTER), dst)
+            _copy_adapter(Path(folder, ADAPTER), dst, card)
         else:
-            export(base, dst, adapter=Path(folder, ADAPTER), dtype=dtype)
+            export(base, dst, adapter=Path(folder, ADAPTER), dtype=dtype, card=card)
 
 
-def _copy_adapter(src: Path, dst: str | Path) -> None:
+def _copy_adapter(src: Path, dst: str | Path, card: str) -> None:
     with new_folder(dst) as folder:
         shutil.copytree(src, folder, dirs_exist_ok=True)
+        (folder / CARD).write_text(card, encoding="utf-8")
 
 
 class _Trained:

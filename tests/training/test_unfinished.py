@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from silkie_jax.checkpoints.export import CARD
 from silkie_jax.cli import main
 from silkie_jax.errors import UserError
 from silkie_jax.training.checkpoint import kept_steps
@@ -65,7 +66,9 @@ def unfinished(finished, tmp_path):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Of its files, but for the card, which tells a checkpoint from a result."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != CARD)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_the_last_checkpoint_gives_what_the_finished_run_gives(finished, unfinished, tmp_path):
@@ -73,11 +76,14 @@ def test_the_last_checkpoint_gives_what_the_finished_run_gives(finished, unfinis
     assert export_run(finished, tmp_path / "expected") is None
     assert export_run(unfinished, tmp_path / "merged") == 4
     assert contents(tmp_path / "merged") == contents(tmp_path / "expected")
+    assert "| steps | finished after 4 |" in (tmp_path / "expected" / CARD).read_text()
+    assert "| steps | checkpoint of 4 |" in (tmp_path / "merged" / CARD).read_text()
     if (finished / "adapter").exists():
         assert export_run(unfinished, tmp_path / "alone", adapter=True) == 4
         ours, expected = (contents(folder) for folder in (tmp_path / "alone", finished / "adapter"))
         assert ours["adapter_model.safetensors"] == expected["adapter_model.safetensors"]
         assert set(ours) == set(expected)
+        assert "library_name: peft" in (tmp_path / "alone" / CARD).read_text()
     assert contents(unfinished) == before
     assert kept_steps(unfinished / "checkpoints") == [2, 4]
 
