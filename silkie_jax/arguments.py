@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 
@@ -25,6 +25,13 @@ class Parser(argparse.ArgumentParser):
         super().error(f"{message}; did you mean {near[0]}?" if near else message)
 
 
+class _Grouped(argparse.RawDescriptionHelpFormatter):
+    """Leaves the list of verbs to the groups below it."""
+
+    def _iter_indented_subactions(self, action: argparse.Action) -> Iterator[argparse.Action]:
+        return iter(())
+
+
 class Verbs:
     """The verbs below a parser.
 
@@ -42,13 +49,12 @@ class Verbs:
         self, name: str, run: Callable[[argparse.Namespace], Any] | None, about: str, example: str
     ) -> argparse.ArgumentParser:
         """A verb; one without a function has verbs below it."""
-        listed: dict[str, Any] = {} if self._groups else {"help": about}
         added = self._verbs.add_parser(
             name,
+            help=about,
             description=about,
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            **listed,
         )
         if run is not None:
             added.set_defaults(run=run)
@@ -62,4 +68,4 @@ class Verbs:
         for heading, names in (self._groups or {}).items():
             lines += [f"{heading}:", *(f"    {name:<{width}}  {self._about[name]}" for name in names), ""]
         self._parser.epilog = "\n".join([*lines, "`silkie VERB --help` has each verb's options and an example."])
-        self._parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        self._parser.formatter_class = _Grouped

@@ -24,7 +24,7 @@ GROUPS = {
     "training": ("train", "reference", "compile"),
     "using a model": ("chat", "serve", "score"),
     "measuring": ("evaluate",),
-    "this machine": ("doctor",),
+    "this machine": ("doctor", "completion"),
 }
 
 
@@ -225,6 +225,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--folder", default=".", metavar="DIR", help="where work would be done, for its free disk")
     p.add_argument("--json", action="store_true", help="print one JSON object")
+
+    p = verb(
+        "completion",
+        _completion,
+        "Print what lets a shell complete verbs and options; its first lines say where to put it.",
+        "silkie completion bash",
+    )
+    p.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     verbs.list_groups()
     return parser
 
@@ -343,6 +351,12 @@ def _chat(args: argparse.Namespace) -> None:
             dtype=args.dtype,
         )
     print(json.dumps({"response": reply.text, "tokens": reply.tokens}, ensure_ascii=False) if args.json else reply.text)
+
+
+def _completion(args: argparse.Namespace) -> None:
+    import shtab
+
+    print(shtab.complete(make_parser(), args.shell))
 
 
 def _doctor(args: argparse.Namespace) -> None:

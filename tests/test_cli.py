@@ -21,7 +21,8 @@ from silkie_jax.scoring import score as scoring
 from tests.training.support import image_bytes, make_tiny, read_lines, record, write_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
-VERBS = ("convert", "export", "corpus", "train", "reference", "compile", "score", "chat", "serve", "evaluate", "doctor")
+VERBS = ("convert", "export", "corpus", "train", "reference", "compile", "score", "chat", "serve", "evaluate")
+VERBS += ("doctor", "completion")
 
 
 @pytest.fixture
@@ -130,6 +131,22 @@ def test_the_nearest_verb_is_named(silkie, slip, meant):
     status, _, complaint = silkie(*slip.split())
     assert status == 2
     assert complaint.endswith(f"did you mean {meant}?\n")
+
+
+def test_a_shell_completes_verbs_of_verbs_and_options(silkie, tmp_path):
+    status, script, _ = silkie("completion", "bash")
+    assert status == 0
+    (tmp_path / "silkie.bash").write_text(script)
+
+    def completed(*words):
+        told = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _shtab_silkie; echo ${{COMPREPLY[@]}}"
+        shell = ["bash", "-c", f"source {tmp_path / 'silkie.bash'}; {told}"]
+        return subprocess.run(shell, capture_output=True, text=True, check=True).stdout.split()
+
+    assert completed("silkie", "exp") == ["export"]
+    assert completed("silkie", "evaluate", "re") == ["report"]
+    assert completed("silkie", "export", "--st") == ["--step"]
+    assert "#compdef silkie" in silkie("completion", "zsh")[1]
 
 
 def test_the_doctor_says_what_is_here_and_what_is_missing(silkie, monkeypatch, tmp_path):
