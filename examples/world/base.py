@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples.world.curriculum import write_rows
-from examples.world.start import make_start
+from examples.world.start import grow, make_start
 
 CONFIG = Path(__file__).with_name("base.yaml")
 SHIPPED = Path(__file__).with_name("base")
@@ -39,14 +39,14 @@ class Stage:
         name: of its folder.
         lessons: lesson of curriculum.py -> its share of the rows.
         steps: updates of eight rows; so many rows are drawn that none comes twice.
-        most: objects in a scene.
+        more: layers that the decoder is given before.
         keys: what differs from base.yaml.
     """
 
     name: str
     lessons: dict[str, float]
     steps: int
-    most: int
+    more: int = 0
     keys: tuple[str, ...] = ()
 
     @property
@@ -57,13 +57,19 @@ class Stage:
 ROWS_PER_STEP = 8
 FROZEN = ("train_vision=none", "optimizer.vision_learning_rate=null", "optimizer.resampler_learning_rate=null")
 STAGES = (
-    Stage("describing", {"describing": 1.0}, 1000, 4, FROZEN),
+    Stage("describing", {"describing": 1.0}, 1000, keys=FROZEN),
+    Stage("tabling", {"tabling": 1.0}, 500, more=2),
     Stage(
         "answering",
-        {"describing": 1.0, "checking": 1.5, "answering": 2.5},
-        2500,
-        4,
-        (*FROZEN, "optimizer.schedule=cosine"),
+        {"describing": 1.0, "tabling": 1.5, "checking": 1.0, "looking": 1.0, "answering": 1.5},
+        1000,
+        keys=("optimizer.schedule=cosine",),
+    ),
+    Stage(
+        "asking",
+        {"describing": 1.0, "asking": 4.0, "answering": 2.0},
+        500,
+        keys=("optimizer.schedule=cosine",),
     ),
 )
 
@@ -81,7 +87,7 @@ def run_stage(folder: Path, stage: Stage, before: Path, seed: int) -> Path:
     run = folder / "run"
     if not (folder / "rows.jsonl").exists():
         print(f"{stage.name}: drawing {stage.rows:,} rows", flush=True)
-        write_rows(folder, stage.lessons, stage.rows, seed, stage.most)
+        write_rows(folder, stage.lessons, stage.rows, seed)
     corpus = folder / "corpus"
     silkie("corpus", "import", "--jsonl", folder / "rows.jsonl", "--images", folder, corpus)
     silkie(
@@ -90,12 +96,24 @@ def run_stage(folder: Path, stage: Stage, before: Path, seed: int) -> Path:
     return run / "model"
 
 
+def deepen(folder: Path, before: Path, more: int) -> Path:
+    """Give the decoder of a trained model more layers; returns the checkpoint that a stage starts from."""
+    exported, grown = folder / "before", folder / "start"
+    if not exported.exists():
+        silkie("export", before.parent, exported, "--dtype", "float32")
+    if not (grown / "config.json").exists():
+        grow(exported, grown, more)
+    return grown
+
+
 def make_base(folder: Path, stages: tuple[Stage, ...] = STAGES) -> Path:
     """Make the base in `folder`, or what is still to be made of it; returns its checkpoint in the official form."""
     model = folder / "start"
     if not (model / "config.json").exists():
         make_start(model)
     for seed, stage in enumerate(stages):
+        if stage.more:
+            model = deepen(folder / stage.name, model, stage.more)
         model = run_stage(folder / stage.name, stage, model, seed)
     base = folder / "base"
     if not (base / "config.json").exists():

@@ -1,12 +1,15 @@
 """What the base learns from: true rows about training scenes, in the form that VLFeedback is published in.
 
 A row is a picture with a prompt and several true responses; `imitate: all` trains on each of them, and the picture is
-computed once for all. Three lessons:
+computed once for all. Lessons:
 
 - "describing": a description that goes by the places and one that goes by the things, in any order. In the first what
   is seen is looked up by where it is, in the second where it is by what it looks like.
+- "tabling": what there is of each colour, of each shape and at each place: what is asked for is looked up.
+- "checking": lists of claims, each with whether it is so.
 - "looking": questions WITH their answers as responses ("Is there a red circle in this image?" and, in the next line,
   "No, there is no red circle."), many about one picture: one row teaches as much as ten of the next lesson.
+- "asking": the same, half of them about colours alone.
 - "answering": the same questions asked as a user asks them, each answered in a sentence or in a word.
 """
 
@@ -27,6 +30,8 @@ QUESTIONS = 8
 """In such a row."""
 CHECK = "Check the picture."
 """The prompt of rows whose responses are claims with their verdicts."""
+TABLE = "List the picture."
+"""The prompt of rows whose responses are tables."""
 LISTS = 3
 """In such a row."""
 
@@ -48,6 +53,28 @@ def thing_first(scene: Scene, rng: random.Random) -> str:
 def looking(scene: Scene, rng: random.Random) -> tuple[str, list[str]]:
     """Questions with their answers."""
     return ASK_AND_ANSWER, [f"{one.text}\n{one.answer}" for one in exchanges(scene, rng, QUESTIONS)]
+
+
+def tabling(scene: Scene, rng: random.Random) -> tuple[str, list[str]]:
+    """The picture by colours, by shapes and by places, each in any order: what is there, or that nothing is.
+
+    To be looked up by what is asked for is learned here, where most of an answer hangs on it; a verdict alone teaches
+    too little to begin with.
+    """
+    objects = list(scene.objects)
+
+    def entry(key: str, found: list[str]) -> str:
+        return f"{key}: {' and '.join(found) or 'no'}."
+
+    def table(keys: Sequence[str], said: Callable[[str], list[str]]) -> str:
+        return " ".join(entry(key, said(key)) for key in rng.sample(list(keys), len(keys)))
+
+    by_colour = table(
+        list(COLOURS), lambda c: [f"{t.size} {t.shape} at the {t.place}" for t in scene.things if t.colour == c]
+    )
+    by_shape = table(SHAPES, lambda s: [f"{t.size} {t.colour} at the {t.place}" for t in scene.things if t.shape == s])
+    by_place = table(PLACES, lambda p: [questions.phrase(one).split(" ", 1)[1] for one in objects if one.place == p])
+    return TABLE, [by_colour, by_shape, by_place]
 
 
 def checking(scene: Scene, rng: random.Random) -> tuple[str, list[str]]:
@@ -92,6 +119,17 @@ def claims(scene: Scene, rng: random.Random) -> dict[str, list[tuple[str, bool]]
     return lists
 
 
+def asking(scene: Scene, rng: random.Random) -> tuple[str, list[str]]:
+    """As `looking`, half of the questions about colours alone, which are there as often as not."""
+    there = [thing.colour for thing in scene.things]
+    absent = [colour for colour in COLOURS if colour not in there]
+    about = [rng.choice(there if number % 2 else absent) for number in range(QUESTIONS // 2)]
+    asked = [questions.read(scene, f"Is there a {colour} object in this image?") for colour in about]
+    asked += exchanges(scene, rng, QUESTIONS // 2)
+    rng.shuffle(asked)
+    return ASK_AND_ANSWER, [f"{one.text}\n{one.answer}" for one in asked]
+
+
 def answering(scene: Scene, rng: random.Random) -> tuple[str, list[str]]:
     """A question, or at times a request for a description, as a user asks it."""
     if rng.random() < 0.25:
@@ -116,23 +154,24 @@ def exchanges(scene: Scene, rng: random.Random, count: int) -> list[Question]:
 
 LESSONS: dict[str, Lesson] = {
     "describing": describing,
+    "tabling": tabling,
     "checking": checking,
     "looking": looking,
+    "asking": asking,
     "answering": answering,
 }
 
 
-def rows(lessons: Mapping[str, float], count: int, seed: int, most: int = 4) -> Iterator[tuple[Scene, dict[str, Any]]]:
+def rows(lessons: Mapping[str, float], count: int, seed: int) -> Iterator[tuple[Scene, dict[str, Any]]]:
     """Scenes with their rows, the same for the same arguments.
 
     Args:
         lessons: lesson -> its share of the rows, in any unit.
         count: of rows.
         seed: of scenes and words.
-        most: objects in a scene.
     """
     rng = random.Random(f"{seed} lessons")
-    drawn = scenes(f"{seed} lessons", "train", most)
+    drawn = scenes(f"{seed} lessons", "train")
     for number in range(count):
         scene = next(drawn)
         lesson = rng.choices(list(lessons), list(lessons.values()))[0]
@@ -148,11 +187,11 @@ def rows(lessons: Mapping[str, float], count: int, seed: int, most: int = 4) -> 
         )
 
 
-def write_rows(folder: Path, lessons: Mapping[str, float], count: int, seed: int, most: int = 4) -> Path:
+def write_rows(folder: Path, lessons: Mapping[str, float], count: int, seed: int) -> Path:
     """Write rows and pictures under `folder`; return the path of the JSON lines, which is written last."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     lines = []
-    for scene, row in rows(lessons, count, seed, most):
+    for scene, row in rows(lessons, count, seed):
         (folder / row["img_path"]).write_bytes(encode(scene))
         lines.append(json.dumps(row) + "\n")
     part = folder / "rows.part"

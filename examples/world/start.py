@@ -14,10 +14,12 @@ import base64
 import itertools
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file
 
 from examples.tiny_qwen_vl import GRID, learn_bpe, make_config, sine_table, write_weights
 from examples.world import curriculum, habits, questions
@@ -158,6 +160,42 @@ def start_tensors(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
 
     matrix("lm_head.weight", config["vocab_size"], width, gain=0.5)
     return tensors
+
+
+def grow(before: Path, after: Path, more: int, seed: int = 0) -> Path:
+    """Write the checkpoint of `before` to `after` with `more` layers in its decoder; what it computes stays the same.
+
+    A new layer stands behind each of the last layers. Its outputs are 0 to begin with, as in Net2Net (Chen et al. 2016,
+    arXiv 1511.05641): what was learned is kept, and there is room for answers that take more than one look.
+    """
+    after.mkdir(parents=True, exist_ok=True)
+    config = json.loads((before / "config.json").read_text())
+    (weights,) = before.glob("*.safetensors")
+    found, depth = load_file(weights), config["num_hidden_layers"]
+    rng = np.random.default_rng(seed)
+    places = [old for k in range(depth) for old in ((k,) if k < depth - more else (k, None))]
+    tensors = {name: array for name, array in found.items() if ".h." not in name}
+    for place, old in enumerate(places):
+        for name, array in found.items():
+            if not name.startswith(f"transformer.h.{old or 0}."):
+                continue
+            if old is None:
+                array = _new(name, array, rng)
+            tensors[f"transformer.h.{place}.{name.split('.', 3)[3]}"] = array
+    for file in ("generation_config.json", "tokenizer_config.json", "qwen.tiktoken"):
+        shutil.copy(before / file, after / file)
+    write_weights(after, tensors, "float32", shards=1, safetensors=True)
+    config["num_hidden_layers"] = len(places)
+    (after / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return after
+
+
+def _new(name: str, like: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A tensor of a layer that does nothing yet."""
+    if like.ndim == 1:
+        return np.full_like(like, not name.endswith(".bias"))
+    gain = 0.0 if "c_proj" in name else 1 / np.sqrt(like.shape[1])
+    return (gain * rng.standard_normal(like.shape)).astype(np.float32)
 
 
 def place_codes() -> np.ndarray:

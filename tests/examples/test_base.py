@@ -10,10 +10,10 @@ from PIL import Image
 from examples.world import base as base_module
 from examples.world import questions
 from examples.world.base import Stage, make_base
-from examples.world.curriculum import ASK_AND_ANSWER, CHECK, LESSONS, rows
+from examples.world.curriculum import ASK_AND_ANSWER, CHECK, LESSONS, TABLE, rows
 from examples.world.drawing import draw
 from examples.world.scenes import scenes, split
-from examples.world.start import GRID, PLACES, filter_bank, make_start, place_codes
+from examples.world.start import GRID, PLACES, filter_bank, grow, make_start, place_codes
 from silkie_jax.loading import load
 
 
@@ -57,6 +57,16 @@ def test_a_place_has_a_code_of_its_own():
     assert len({tuple(code) for code in of_patches}) == 16
 
 
+def test_a_model_that_grows_says_what_it_said(start, tmp_path):
+    before, tokenizer = load(start, dtype="float32")
+    after, _ = load(grow(start, tmp_path / "grown", 2), dtype="float32")
+    assert after.config.num_hidden_layers == before.config.num_hidden_layers + 2
+    tokens = np.array([tokenizer.encode("There are two objects. At the top left there is a red circle.")])
+    np.testing.assert_allclose(after(tokens), before(tokens), atol=1e-5)
+    again = grow(start, tmp_path / "again", 2)
+    assert all((tmp_path / "grown" / file.name).read_bytes() == file.read_bytes() for file in again.iterdir())
+
+
 def truth_of(scene, claim):
     """What the one question says that holds a claim's words."""
     forms = ("Is there a {} in this image?", "Is there {} in this image?", "Are there {} in this image?",
@@ -68,9 +78,9 @@ def truth_of(scene, claim):
 
 def test_lessons_are_true_and_of_training_scenes_alone():
     lessons = dict.fromkeys(LESSONS, 1.0)
-    drawn = list(rows(lessons, 300, seed=0))
-    assert drawn == list(rows(lessons, 300, seed=0))
-    assert drawn != list(rows(lessons, 300, seed=1))
+    drawn = list(rows(lessons, 400, seed=0))
+    assert drawn == list(rows(lessons, 400, seed=0))
+    assert drawn != list(rows(lessons, 400, seed=1))
     seen = Counter()
     for scene, row in drawn:
         assert split(scene.contents) == "train"
@@ -79,6 +89,16 @@ def test_lessons_are_true_and_of_training_scenes_alone():
             for text in texts:
                 asked, answer = text.split("\n")
                 assert questions.read(scene, asked).answer == answer
+        elif row["prompt"] == TABLE:
+            entries = dict(entry.split(": ") for entry in " ".join(texts).removesuffix(".").split(". "))
+            for thing in scene.things:
+                assert f"{thing.size} {thing.shape} at the {thing.place}" in entries[thing.colour]
+                assert f"{thing.size} {thing.colour} at the {thing.place}" in entries[thing.shape]
+                assert entries[thing.place] == f"{thing.size} {thing.name}"
+            there = {word for one in scene.things for word in (one.colour, one.shape)} | {
+                o.place for o in scene.objects
+            }
+            assert {key for key, said in entries.items() if said != "no"} == there
         elif row["prompt"] == CHECK:
             for claim in " ".join(texts).removesuffix(".").split(". "):
                 assert truth_of(scene, claim.split(": ")[0]) == claim.split(": ")[1]
@@ -98,14 +118,15 @@ def test_yes_and_no_are_asked_for_alike():
 def test_the_road_by_commands(tmp_path, monkeypatch):
     """Two small stages; again from the same folder nothing is done again, and a lost result is made the same."""
     stages = (
-        Stage("first", {"describing": 1.0}, 2, 2, base_module.STAGES[0].keys),
-        Stage("second", {"looking": 0.5, "answering": 0.5}, 2, 4),
+        Stage("first", {"describing": 1.0}, 2, keys=base_module.FROZEN),
+        Stage("second", {"looking": 0.5, "answering": 0.5}, 2, more=1),
     )
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     made = make_base(tmp_path / "base", stages)
     weights = {file.name: file.read_bytes() for file in made.iterdir()}
     model, _ = load(made)
     assert model.config.visual.image_size == 112
+    assert model.config.num_hidden_layers == 4
     logs = [(tmp_path / "base" / stage.name / "run" / "metrics.jsonl").read_text() for stage in stages]
     for file in made.iterdir():
         file.unlink()
