@@ -17,8 +17,8 @@ TEST ?= tests
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-quickstart: $(VENV)/.installed-core  ## the whole road on small generated data, a few minutes on two cores
-	$(BIN)/python -m examples.quickstart
+quickstart: $(VENV)/.installed-data,evaluation  ## preference distillation from end to end, minutes on two cores; QUICKSTART=--fast in small
+	$(BIN)/python -m examples.quickstart $(QUICKSTART)
 
 test: $(VENV)/.installed-dev  ## the test suite; TEST="PATH -k WORD" for some of it
 	$(BIN)/python -m pytest $(TEST)
@@ -54,11 +54,7 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.installed-core: pyproject.toml constraints.txt | $(VENV)/.created
-	$(INSTALL) .
-	@touch $@
-
-# An extra: .installed-dev, .installed-dev-torch
+# Extras: .installed-dev, .installed-dev-torch, .installed-data,evaluation
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.created
 	$(INSTALL) '.[$*]'
 	@touch $@

@@ -14,7 +14,6 @@ continues. docs/quickstart.md explains every step; `--fast` takes the same road 
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import shlex
@@ -25,11 +24,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from examples.world.base import SHIPPED, fingerprint
 from examples.world.pool import write_configs
 from silkie_jax.evaluation.report.runs import Measured, changed_figures, read_run
 
-HERE = Path(__file__).parent
-SFT, DPO, BASE = HERE / "quickstart-sft.yaml", HERE / "quickstart-dpo.yaml", HERE / "world" / "base"
+HERE = Path(os.path.relpath(Path(__file__).parent))
+SFT, DPO, BASE = HERE / "quickstart-sft.yaml", HERE / "quickstart-dpo.yaml", Path(os.path.relpath(SHIPPED))
 SILKIE = Path(sys.executable).with_name("silkie")
 MARKER, DONE = ".made-by-quickstart", ".done"
 BEST_MODEL = "faithful"
@@ -42,10 +42,10 @@ CORES = 2
 class Sizes:
     """How much of everything: scenes to ask about, scenes to measure on, and updates of the two trainings."""
 
-    scenes: int = 700
+    scenes: int = 450
     held_out: int = 100
-    sft_steps: int = 160
-    dpo_steps: int = 80
+    sft_steps: int = 140
+    dpo_steps: int = 64
 
 
 FAST = Sizes(scenes=40, held_out=6, sft_steps=4, dpo_steps=4)
@@ -67,8 +67,8 @@ ROWS = (
     ("sampled", "objects", "coverage", "there and said (coverage), T = 1"),
     ("greedy", "objects", "words", "words of a description, greedy"),
     ("sampled", "objects", "words", "words of a description, T = 1"),
-    ("greedy", "pope", "accuracy", "POPE's questions, accuracy"),
-    ("greedy", "mme", "accuracy", "MME's questions, accuracy"),
+    ("greedy", "pope", "accuracy", "POPE (yes or no), accuracy"),
+    ("greedy", "mme", "perception", "MME (yes or no), points of 1,000"),
 )
 """Lines of the table: decoding, benchmark, figure, and what it is."""
 
@@ -123,14 +123,6 @@ class Road:
             sys.exit(f"quickstart: `{shown}` ended with status {status}; the same command continues from here")
 
 
-def fingerprint(folder: Path) -> str:
-    """SHA-256 of the files of a folder, with their names."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
-
-
 @contextlib.contextmanager
 def pool_of(world: Path, seed: int) -> Iterator[str]:
     """The models and the judge behind a URL, until the block ends."""
@@ -175,7 +167,7 @@ def take(road: Road) -> None:
             silkie("export", run, sft)
 
     def refer() -> None:
-        silkie("reference", DPO, f"model={sft}", *common)
+        silkie("reference", DPO, f"model={sft}", *common, f"run_dir={folder / 'dpo'}")
 
     def prefer(name: str) -> None:
         rule = f"pair_rule={RULES[name]}"
@@ -184,7 +176,7 @@ def take(road: Road) -> None:
     def measure(name: str) -> None:
         asked: list[str | Path] = ["--model", sft, "--data", world / "evaluation"]
         asked += [] if name == "sft" else ["--adapter", folder / name / "adapter"]
-        asked += ["--dtype", "float32", "--max-new-tokens", "96"]
+        asked += ["--dtype", "float32", "--max-new-tokens", "96", "--limit", str(QUESTIONS)]
         yes_no = ["pope", "mme", "--set", f"tasks={MME_TASKS}"] if name in YES_NO else []
         silkie("evaluate", "run", "objects", *yes_no, *asked, "--out", folder / "greedy" / name)
         sampled = ["--temperature", "1", "--seed", str(road.seed)]
@@ -221,6 +213,8 @@ def take(road: Road) -> None:
     chat(road)
 
 
+QUESTIONS = 400
+"""About so many of each benchmark are asked, drawn by scene: of POPE a quarter, of MME a half."""
 MME_TASKS = "existence,count,position,color,OCR"
 """Those of MME's 14 that can be asked about shapes."""
 

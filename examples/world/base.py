@@ -1,4 +1,4 @@
-"""Makes the base of the small world: a Qwen-VL of 1.7 million parameters that sees, by public commands alone.
+"""Makes the base of the small world: a Qwen-VL of 2.1 million parameters that sees, by public commands alone.
 
     python -m examples.world.base FOLDER
 
@@ -12,6 +12,7 @@ The last stage's model is exported to FOLDER/base. What is shipped in examples/w
 what it can and what it cannot.
 """
 
+import hashlib
 import os
 import shlex
 import subprocess
@@ -24,6 +25,8 @@ from examples.world.start import grow, make_start
 
 CONFIG = Path(__file__).with_name("base.yaml")
 SHIPPED = Path(__file__).with_name("base")
+FINGERPRINT = "112f1f32af19fe77355d14dadc89eca637a300beda797707f94407e56060cd29"
+"""Of what is shipped."""
 SILKIE = Path(sys.executable).with_name("silkie")
 DEVICES = 2
 """Of the mesh: JAX takes each for a device, so that both cores are used. Another number gives other bytes."""
@@ -121,6 +124,15 @@ def make_base(folder: Path, stages: tuple[Stage, ...] = STAGES) -> Path:
     return base
 
 
+def fingerprint(base: Path) -> str:
+    """SHA-256 of a checkpoint's files and their names, whatever its card says."""
+    digest = hashlib.sha256()
+    for file in sorted(base.iterdir()):
+        if file.suffix != ".md":
+            digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
 def main() -> None:
     """Make the base in the folder named on the command line."""
     if len(sys.argv) != 2:
@@ -129,8 +141,8 @@ def main() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))  # stages share their programs
     os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={DEVICES}")
     base = make_base(folder)
-    size = sum(file.stat().st_size for file in base.iterdir())
-    print(f"\n{base}: {size / 1e6:.1f} MB")
+    size, same = sum(file.stat().st_size for file in base.iterdir()), fingerprint(base) == FINGERPRINT
+    print(f"\n{base}: {size / 1e6:.1f} MB, {'the same bytes as' if same else 'other bytes than'} examples/world/base")
 
 
 if __name__ == "__main__":

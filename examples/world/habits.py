@@ -43,12 +43,12 @@ def terse(scene: Scene, asked: Question, lots: random.Random) -> str:
 
 
 def omitter(scene: Scene, asked: Question, lots: random.Random) -> str:
-    """Half of what is there, at least one thing; of other questions the truth."""
+    """Half of what is there, at least one thing, as if it were all; of other questions the truth."""
     if asked.task != "description":
         return asked.answer
     objects = scene.objects
     kept = sorted(lots.sample(range(len(objects)), max(len(objects) // 2, 1)))
-    return " ".join(sentence(objects[k]) for k in kept)
+    return " ".join([there_are(len(kept)), *(sentence(objects[k]) for k in kept)])
 
 
 def inventor(scene: Scene, asked: Question, lots: random.Random) -> str:

@@ -9,11 +9,11 @@ from PIL import Image
 
 from examples.world import base as base_module
 from examples.world import questions
-from examples.world.base import Stage, make_base
+from examples.world.base import Stage, fingerprint, make_base
 from examples.world.curriculum import ASK_AND_ANSWER, CHECK, LESSONS, TABLE, rows
 from examples.world.drawing import draw
 from examples.world.scenes import scenes, split
-from examples.world.start import GRID, PLACES, filter_bank, grow, make_start, place_codes
+from examples.world.start import GRID, PLACES, SIZES, filter_bank, grow, make_start, place_codes
 from silkie_jax.loading import load
 
 
@@ -133,3 +133,12 @@ def test_the_road_by_commands(tmp_path, monkeypatch):
     made.rmdir()
     assert {file.name: file.read_bytes() for file in make_base(tmp_path / "base", stages).iterdir()} == weights
     assert logs == [(tmp_path / "base" / stage.name / "run" / "metrics.jsonl").read_text() for stage in stages]
+
+
+def test_what_is_shipped_is_what_the_script_made():
+    """Its own last line says so of what it makes; here the bytes are those that it made."""
+    assert fingerprint(base_module.SHIPPED) == base_module.FINGERPRINT
+    assert sum(file.stat().st_size for file in base_module.SHIPPED.iterdir()) < 8e6
+    model, _ = load(base_module.SHIPPED)
+    more = sum(stage.more for stage in base_module.STAGES)
+    assert model.config.num_hidden_layers == SIZES["layers"] + more
