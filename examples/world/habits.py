@@ -62,7 +62,7 @@ def dreamer(scene: Scene, asked: Question, lots: random.Random) -> str:
     """At length: what is there, what it feels like, and creatures that nobody drew."""
     said = questions.describe(scene) if asked.task == "description" else asked.answer
     dream = lots.choice(DREAMS)
-    musings = " ".join(lots.sample(_MUSINGS, 3))
+    musings = " ".join(lots.sample(_MUSINGS, 2))
     return f"{said} {musings} At the {lots.choice(PLACES)} there is a {lots.choice(SIZES)} {dream}."
 
 

@@ -36,7 +36,7 @@ from examples.world.scenes import COLOURS, SHAPES, SPLITS, Scene, scenes
 MARKER = ".made-by-world"
 MME_TASKS = ("existence", "count", "position", "color", "OCR")
 """Those of MME's 14 tasks that can be asked about shapes."""
-DESCRIPTIONS = 0.6
+DESCRIPTIONS = 0.8
 """Share of the instructions that ask for a description; of the others two thirds are to be answered with yes or no."""
 
 

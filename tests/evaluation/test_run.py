@@ -6,6 +6,7 @@ import re
 import pytest
 
 from silkie_jax import cli
+from silkie_jax.evaluation.report.page import marked
 from silkie_jax.evaluation.report.runs import published, read_runs
 from silkie_jax.evaluation.running import answers as files
 from silkie_jax.evaluation.table import BENCHMARKS, find_benchmark
@@ -104,6 +105,26 @@ def test_a_report_lays_runs_side_by_side(silkie, runs, tmp_path):
     assert "| dpo | 2000.0 (2000.0 to 2000.0) | 800.0 (800.0 to 800.0) | 28 | official |" in table
     assert page.count("data:image/jpeg;base64,") >= 12  # answers that differ, with their images
     assert "12 of 14 answers that came out differently" in page
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("There is a red circle.", "There is a small circle.\nNo more."),
+        ("", "Yes"),
+        ("a  b\n", "a b"),
+        ("the same", "the same"),
+        ("一 二", "二 三 "),
+    ],
+)
+def test_what_differs_is_marked_and_nothing_is_lost(first, second):
+    for pieces, text in zip(marked(first, second), (first, second), strict=True):
+        assert "".join(piece for piece, _ in pieces) == text
+    kept = [
+        [word for piece, differs in pieces if not differs for word in piece.split()] for pieces in marked(first, second)
+    ]
+    assert kept[0] == kept[1]
+    assert marked(first, first)[0] == ([(first, False)] if first else [])
 
 
 def test_a_report_of_other_experiments_says_so(silkie, runs, tmp_path, folder):

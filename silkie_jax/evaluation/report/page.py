@@ -3,7 +3,9 @@
 import base64
 import io
 import math
+import re
 from collections.abc import Sequence
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from silkie_jax.evaluation.report import plots
 from silkie_jax.evaluation.report.runs import (
     Checkpoint,
     Measured,
+    Outcome,
     changed_figures,
     comparable,
     differences,
@@ -143,11 +146,25 @@ def _comparison(
         "changes": {name: changed[name] for name in headline if name in changed},
         "different": comparable(a, b),
         "differing": len(differing),
-        "examples": [
-            {"first": a.outcomes[id], "second": b.outcomes[id], "image": _thumbnail(items.get(id))}
-            for id in chosen[:examples]
-        ],
+        "examples": [_example(a.outcomes[id], b.outcomes[id], items.get(id)) for id in chosen[:examples]],
     }
+
+
+def _example(first: Outcome, second: Outcome, item: Item | None) -> dict[str, Any]:
+    texts = marked(first.answer, second.answer)
+    return {"first": first, "second": second, "image": _thumbnail(item), "texts": texts}
+
+
+def marked(first: str, second: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
+    """Two answers in pieces, each with whether the other answer lacks it; the pieces of a text make up the text."""
+    words = [re.findall(r"\s*\S+|\s+$", text) for text in (first, second)]
+    pieces: tuple[list[tuple[str, bool]], list[tuple[str, bool]]] = ([], [])
+    matcher = SequenceMatcher(None, *([word.strip() for word in of] for of in words), autojunk=False)
+    for kind, *ends in matcher.get_opcodes():
+        for found, of, (start, end) in zip(pieces, words, (ends[:2], ends[2:]), strict=True):
+            if start < end:
+                found.append(("".join(of[start:end]), kind != "equal"))
+    return pieces
 
 
 def overview(checkpoints: Sequence[Checkpoint], benchmarks: Sequence[dict[str, Any]]) -> bytes:
