@@ -42,10 +42,10 @@ CORES = 2
 class Sizes:
     """How much of everything: scenes to ask about, scenes to measure on, and updates of the two trainings."""
 
-    scenes: int = 420
+    scenes: int = 450
     held_out: int = 100
-    sft_steps: int = 130
-    dpo_steps: int = 72
+    sft_steps: int = 140
+    dpo_steps: int = 68
 
 
 FAST = Sizes(scenes=40, held_out=6, sft_steps=4, dpo_steps=4)

@@ -36,7 +36,7 @@ from examples.world.scenes import COLOURS, SHAPES, SPLITS, Scene, scenes
 MARKER = ".made-by-world"
 MME_TASKS = ("existence", "count", "position", "color", "OCR")
 """Those of MME's 14 tasks that can be asked about shapes."""
-DESCRIPTIONS = 0.8
+DESCRIPTIONS = 0.6
 """Share of the instructions that ask for a description; of the others two thirds are to be answered with yes or no."""
 
 
@@ -114,8 +114,10 @@ def _question(scene: Scene, rng: random.Random) -> Question:
         return questions.description(scene, rng)
     if lot < DESCRIPTIONS + (1 - DESCRIPTIONS) / 3:
         return questions.open_question(scene, rng)
-    asked = questions.yes_no(scene, rng, rng.choice(questions.tasks_of(scene)), rng.random() < 0.5)
-    return questions.read(scene, asked.text + questions.YES_NO) if rng.random() < 0.5 else asked
+    text = questions.yes_no(scene, rng, rng.choice(questions.tasks_of(scene)), rng.random() < 0.5).text
+    if rng.random() < 0.5:  # MME says "this image", POPE "the image"
+        text = text.replace("this image", "the image")
+    return questions.read(scene, text + questions.YES_NO if rng.random() < 0.5 else text)
 
 
 # Evaluation data.
