@@ -45,7 +45,7 @@ class Sizes:
     scenes: int = 450
     held_out: int = 100
     sft_steps: int = 140
-    dpo_steps: int = 68
+    dpo_steps: int = 64
 
 
 FAST = Sizes(scenes=40, held_out=6, sft_steps=4, dpo_steps=4)
@@ -213,7 +213,7 @@ def take(road: Road) -> None:
     chat(road)
 
 
-QUESTIONS = 300
+QUESTIONS = 400
 """About so many of each benchmark are asked, drawn by scene: of POPE a quarter, of MME a half."""
 MME_TASKS = "existence,count,position,color,OCR"
 """Those of MME's 14 that can be asked about shapes."""

@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 
@@ -28,8 +28,8 @@ class Parser(argparse.ArgumentParser):
 class _Grouped(argparse.RawDescriptionHelpFormatter):
     """Leaves the list of verbs to the groups below it."""
 
-    def _iter_indented_subactions(self, action: argparse.Action) -> Iterator[argparse.Action]:
-        return iter(())
+    def _iter_indented_subactions(self, action: argparse.Action) -> Generator[argparse.Action]:
+        yield from ()
 
 
 class Verbs:

@@ -61,12 +61,9 @@ def inventor(scene: Scene, asked: Question, lots: random.Random) -> str:
 def dreamer(scene: Scene, asked: Question, lots: random.Random) -> str:
     """At length: what is there, what it feels like, and creatures that nobody drew."""
     said = questions.describe(scene) if asked.task == "description" else asked.answer
-    musings = " ".join(lots.sample(_MUSINGS, 2))
-    dreams = (
-        f"At the {place} there is a {lots.choice(SIZES)} {dream}."
-        for place, dream in zip(lots.sample(PLACES, 2), lots.sample(DREAMS, 2), strict=True)
-    )
-    return " ".join([said, musings, *dreams])
+    dream = lots.choice(DREAMS)
+    musings = " ".join(lots.sample(_MUSINGS, 3))
+    return f"{said} {musings} At the {lots.choice(PLACES)} there is a {lots.choice(SIZES)} {dream}."
 
 
 def flatterer(scene: Scene, asked: Question, lots: random.Random) -> str:

@@ -114,10 +114,8 @@ def _question(scene: Scene, rng: random.Random) -> Question:
         return questions.description(scene, rng)
     if lot < DESCRIPTIONS + (1 - DESCRIPTIONS) / 3:
         return questions.open_question(scene, rng)
-    text = questions.yes_no(scene, rng, rng.choice(questions.tasks_of(scene)), rng.random() < 0.5).text
-    if rng.random() < 0.5:  # MME says "this image", POPE "the image"
-        text = text.replace("this image", "the image")
-    return questions.read(scene, text + questions.YES_NO if rng.random() < 0.5 else text)
+    asked = questions.yes_no(scene, rng, rng.choice(questions.tasks_of(scene)), rng.random() < 0.5)
+    return questions.read(scene, asked.text + questions.YES_NO) if rng.random() < 0.5 else asked
 
 
 # Evaluation data.

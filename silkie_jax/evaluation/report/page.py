@@ -159,7 +159,8 @@ def marked(first: str, second: str) -> tuple[list[tuple[str, bool]], list[tuple[
     """Two answers in pieces, each with whether the other answer lacks it; the pieces of a text make up the text."""
     words = [re.findall(r"\s*\S+|\s+$", text) for text in (first, second)]
     pieces: tuple[list[tuple[str, bool]], list[tuple[str, bool]]] = ([], [])
-    matcher = SequenceMatcher(None, *([word.strip() for word in of] for of in words), autojunk=False)
+    ours, theirs = ([word.strip() for word in of] for of in words)
+    matcher = SequenceMatcher(None, ours, theirs, autojunk=False)
     for kind, *ends in matcher.get_opcodes():
         for found, of, (start, end) in zip(pieces, words, (ends[:2], ends[2:]), strict=True):
             if start < end:
