@@ -2,7 +2,7 @@
 # A stamp in .venv says what is installed; changing pyproject.toml or constraints.txt installs again.
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-hosts test-torch test-compile lint format clean
+.PHONY: help quickstart test test-quickstart test-hosts test-torch test-compile lint format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,6 +22,9 @@ quickstart: $(VENV)/.installed-data,evaluation  ## preference distillation from 
 
 test: $(VENV)/.installed-dev  ## the test suite; TEST="PATH -k WORD" for some of it
 	$(BIN)/python -m pytest $(TEST)
+
+test-quickstart: $(VENV)/.installed-dev  ## the quickstart in small, killed again and again
+	$(BIN)/python -m pytest -m quickstart tests/examples/test_quickstart.py
 
 test-hosts: $(VENV)/.installed-dev  ## the tests of several processes; wants four quiet cores
 	$(BIN)/python -m pytest -m hosts tests/training/test_hosts.py

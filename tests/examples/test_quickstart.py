@@ -49,6 +49,7 @@ def kill_within(process, folder, stage, seconds):
     process.communicate()
 
 
+@pytest.mark.quickstart
 def test_killed_at_any_stage_it_ends_with_its_table(tmp_path, compiled):
     folder = tmp_path / "run"
     for stage, seconds in (("ask", 3.0), ("sft", 8.0), ("measure-dpo", 5.0)):
