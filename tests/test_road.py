@@ -145,6 +145,7 @@ def test_road(golden, photos, published, tmp_path, capsys):
     silkie("export", run, exported)
     silkie("export", run, tmp_path / "adapter", "--adapter")
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
