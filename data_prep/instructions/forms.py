@@ -36,6 +36,7 @@ _ANSWERS = (
     "rejected",
     "caption",
 )
+_RIGHT = ("answer", "Answer", "output", "outputs", "response")  # of the answers, what a source holds to be right
 _CHOICES = re.compile(r"Choice ([A-Z])")
 _USERS, _ASSISTANTS = ("human", "user"), ("gpt", "assistant", "bot", "model")
 Turn = tuple[str, str]
@@ -52,7 +53,8 @@ class Asked:
         images: paths to look up, or files as bytes.
         image_id: names the image where there is no path: a file of this name with any suffix.
         licence: as the row states it.
-        extra: what else the row says; answers that came with it are left out.
+        extra: what else the row says. Of answers that came with it the right one is kept, as `reference`: judges may
+            be shown it.
     """
 
     id: str
@@ -78,7 +80,7 @@ def read_row(row: Mapping[str, Any], turns: str = "first") -> list[Asked]:
     used: set[str] = set()
     dialogues = _dialogues(row, used)
     if dialogues is None:
-        dialogues = [[(_question(row, used), "")]]
+        dialogues = [[(_question(row, used), _right(row))]]
     images = [ref for key in _IMAGES for ref in _images(row, key, used)] + _base64_images(row, used)
     image_id = fields.row_id(row.get("image_id"))
     id = fields.row_id(row.get("id", row.get("question_id"))) or image_id
@@ -86,9 +88,9 @@ def read_row(row: Mapping[str, Any], turns: str = "first") -> list[Asked]:
     used |= {"id", "question_id", "image_id", "licence", "license", *_ANSWERS}
     extra = {str(key): fields.json_value(value) for key, value in row.items() if key not in used and value is not None}
     asked = [
-        Asked(id, prompt, history, images, image_id, licence, extra)
+        Asked(id, prompt, history, images, image_id, licence, ({"reference": reply} if reply else {}) | extra)
         for dialogue in dialogues
-        for prompt, history in _questions(dialogue, turns)
+        for prompt, reply, history in _questions(dialogue, turns)
     ]
     if not asked:
         raise Rejected("no question", "the conversation holds no turn of the user")
@@ -144,13 +146,19 @@ def _words(content: Any) -> str:
     return _PLACEHOLDER.sub("\n", fields.text(content, "a turn")).strip()
 
 
-def _questions(dialogue: list[Turn], turns: str) -> list[tuple[str, list[Turn]]]:
-    asked = [(user, dialogue[:number]) for number, (user, _) in enumerate(dialogue)]
+def _questions(dialogue: list[Turn], turns: str) -> list[tuple[str, str, list[Turn]]]:
+    """Questions that are asked, with their replies and what came before."""
+    asked = [(user, reply, dialogue[:number]) for number, (user, reply) in enumerate(dialogue)]
     chosen = {"first": asked[:1], "last": asked[-1:], "each": asked}[turns]
-    for prompt, _ in chosen:
+    for prompt, _, _ in chosen:
         if not prompt:
             raise Rejected("prompt is empty")
     return chosen
+
+
+def _right(row: Mapping[str, Any]) -> str:
+    """The answer that came with a row, if it is one text."""
+    return next((row[key].strip() for key in _RIGHT if isinstance(row.get(key), str) and row[key].strip()), "")
 
 
 def _question(row: Mapping[str, Any], used: set[str]) -> str:

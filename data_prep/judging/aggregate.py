@@ -1,7 +1,7 @@
 """Judges' replies into a rating for each response and aspect: texts back in place, orders and judges averaged."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,17 +68,28 @@ def judge(reply: JudgeReply, rubric: Rubric, places: Mapping[int, int], response
     return Judgement(reply.judge, reply.order, kind, tuple(shown), ratings, rationales, parsed.note)
 
 
-def mean_ratings(judgements: Sequence[Judgement], aspects: Iterable[str], responses: int) -> list[dict[str, float]]:
+def mean_ratings(
+    judgements: Sequence[Judgement], aspects: Iterable[str], responses: int, verdicts: Collection[str] = ()
+) -> list[dict[str, float]]:
     """Aspect -> rating of each response: the mean over each judge's orders, then over the judges; NaN for none.
 
-    Judges weigh alike however many orders each has rated.
+    Judges weigh alike however many orders each has rated. A rating that one order lacks is the mean of the others, but
+    for the judges in `verdicts`: theirs are of all orders or none, since a preference that was seen in one order alone
+    may be one for a place.
     """
     rows: dict[str, dict[str, list[list[float]]]] = {aspect: {} for aspect in aspects}  # aspect -> judge -> its orders
     for judgement in judgements:
         for aspect, row in judgement.ratings.items():
             rows[aspect].setdefault(judgement.judge, []).append(row)
+
+    def of_judge(judge: str, ratings: list[float]) -> float:
+        return math.nan if judge in verdicts and any(map(math.isnan, ratings)) else _mean(ratings)
+
     return [
-        {aspect: _mean([_mean([row[n] for row in orders]) for orders in rows[aspect].values()]) for aspect in rows}
+        {
+            aspect: _mean([of_judge(judge, [row[n] for row in orders]) for judge, orders in rows[aspect].items()])
+            for aspect in rows
+        }
         for n in range(responses)
     ]
 
@@ -95,7 +106,8 @@ def to_record(
     """The corpus's record of an instruction: responses by slot, averaged ratings, and every judgement in `extra`."""
     instruction, responses = gathered.instruction, gathered.responses
     aspects = list(dict.fromkeys(name for rubric in rubrics.values() for name in rubric.names))
-    ratings = mean_ratings(judgements, aspects, len(responses))
+    verdicts = [judge for judge, rubric in rubrics.items() if rubric.verdict]
+    ratings = mean_ratings(judgements, aspects, len(responses), verdicts)
     extra: dict[str, Any] = {key: value for key, value in instruction.extra.items() if key not in RESERVED}
     if instruction.licence:
         extra["licence"] = instruction.licence

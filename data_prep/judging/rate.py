@@ -3,13 +3,14 @@
 import math
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_prep.judging.ratings import parse
 from data_prep.judging.rubric import FORMS, Rubric, load_rubric
-from data_prep.run import RATE, RESPOND, Gathered, Run
+from data_prep.run import RATE, RESPOND, Gathered, Instruction, Run
 from silkie_jax.endpoints import outcomes
 from silkie_jax.endpoints.agents import Agent, check_agent, check_same
 from silkie_jax.endpoints.attempts import Request, Verdict, new_request
@@ -19,7 +20,7 @@ from silkie_jax.endpoints.outcomes import EndpointReply
 from silkie_jax.endpoints.progress import planning
 from silkie_jax.endpoints.stage import Options, StageResult, run_stage
 from silkie_jax.errors import UserError
-from silkie_jax.yaml_files import load_yaml
+from silkie_jax.yaml_files import load_yaml, make
 
 _FREE = ("orders", "parse_attempts")  # may change within a run
 _OUTCOMES = {
@@ -37,6 +38,7 @@ class Judge:
 
     agent: Agent
     name: str = ""  # by default the model's
+    kind: str | None = None  # rubric or verdict; by default what its rubric is
     rubric: str = "vlfeedback"  # a rubric of this project, or a file
     form: str = "text"  # of the reply: text, or json where the endpoint supports structured output
     orders: int = 1  # orders of the responses that are rated and averaged; as many as responses: each at every place
@@ -84,15 +86,18 @@ def rate(
         judge = load_judge(judge_path)
         if judge.name in judges:
             raise UserError(f"{judge_path}: there are two judges {judge.name!r}: give each a name of its own")
-        judges[judge.name] = judge, load_rubric(judge.rubric, Path(judge_path).parent)
+        rubric = load_rubric(judge.rubric, Path(judge_path).parent)
+        _check_kind(judge, rubric, judge_path)
+        judges[judge.name] = judge, rubric
     with Run.open(path, write=True) as run:
         if not run.settings("pool"):
             raise UserError(f"the run {path} holds no responses: make some with `silkie corpus respond`")
         configs = {name: asdict(judge) | {"rubric": asdict(rubric)} for name, (judge, rubric) in judges.items()}
         for name, config in configs.items():
             if before := run.settings(f"judge:{name}"):
+                before["rubric"] = asdict(make(before["rubric"], Rubric))  # with the defaults of keys that are newer
                 check_same(before, config, f"judge {name}", _FREE)
-        skipped = {"waiting": 0, "too few": 0}
+        skipped = Counter[str]()
 
         def plan() -> None:
             for name, config in configs.items():
@@ -100,6 +105,9 @@ def rate(
             for gathered in ready(planning(run.gathered(), run.count(), options.progress), run, allow_missing, skipped):
                 for judge, rubric in judges.values():
                     if _planned(run, gathered, judge) >= judge.orders:
+                        continue
+                    if rubric.reference and not reference_of(gathered.instruction):
+                        skipped["no reference"] += 1
                         continue
                     for order, arrangement in enumerate(arrangements(judge, gathered)):
                         run.db.execute(*_request(run, gathered, judge, rubric, order, arrangement))
@@ -109,7 +117,23 @@ def rate(
         return StageResult(**{**vars(outcome), "notes": tuple(_notes(skipped))})
 
 
-def ready(every: Iterable[Gathered], run: Run, allow_missing: bool, skipped: dict[str, int]) -> Iterator[Gathered]:
+def _check_kind(judge: Judge, rubric: Rubric, path: str | os.PathLike[str]) -> None:
+    """Refuses a judge whose kind or form is not its rubric's."""
+    kind = "verdict" if rubric.verdict else "rubric"
+    if judge.kind not in (None, kind):
+        mend = f"rubric {rubric.name} has {'no ' if not rubric.verdict else ''}verdict: true"
+        raise UserError(f"{path}: kind: {judge.kind!r} is not {kind!r}: {mend}")
+    if judge.form not in rubric.forms:
+        raise UserError(f"{path}: form: a verdict is asked for as a text: leave out form: {judge.form}")
+
+
+def reference_of(instruction: Instruction) -> str:
+    """The answer that an instruction's source gave; "" for none."""
+    found = instruction.extra.get("reference")
+    return found if isinstance(found, str) else ""
+
+
+def ready(every: Iterable[Gathered], run: Run, allow_missing: bool, skipped: Counter[str]) -> Iterator[Gathered]:
     """Instructions whose responses are all settled and at least two; counts the others."""
     open_states = "('open', 'postponed')"
     for gathered in every:
@@ -162,6 +186,7 @@ def _request(
         judge.form,  # type: ignore[arg-type]
         history=instruction.history,
         images=len(instruction.images),
+        reference=reference_of(instruction),
     )
     schema = rubric.response_format(len(arrangement)) if judge.form == "json" else None
     body = compose(judge.agent, prompt, instruction.images, response_format=schema)
@@ -184,7 +209,7 @@ def _reviewer(judges: dict[str, tuple[Judge, Rubric]]) -> Callable[[str, Request
     return review
 
 
-def _notes(skipped: dict[str, int]) -> Iterator[str]:
+def _notes(skipped: Counter[str]) -> Iterator[str]:
     if skipped["waiting"]:
         yield (
             f"{skipped['waiting']:,} instructions wait for responses: finish `silkie corpus respond` first, "
@@ -192,3 +217,8 @@ def _notes(skipped: dict[str, int]) -> Iterator[str]:
         )
     if skipped["too few"]:
         yield f"{skipped['too few']:,} instructions have fewer than two responses and are not rated"
+    if skipped["no reference"]:
+        yield (
+            f"{skipped['no reference']:,} times a judge that is shown the right answer was not asked: "
+            "their instructions have no `reference`"
+        )

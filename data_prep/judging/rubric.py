@@ -25,6 +25,8 @@ RUBRICS = Path(__file__).parent / "rubrics"
 TEMPLATES = Path(__file__).parent / "templates"
 FORMS = ("text", "json")
 Form = Literal["text", "json"]
+PREFERRED = "Preferred"
+"""The one aspect that a verdict rates."""
 
 
 @dataclasses.dataclass
@@ -56,16 +58,42 @@ class Aspect:
 
 
 @dataclasses.dataclass
+class Example:
+    """A case that a verdict's prompt shows solved.
+
+    Attributes:
+        instruction: what was asked.
+        reference: its right answer.
+        texts: the answers that were compared.
+        reason: why one of them is better.
+        verdict: its number, from 1.
+    """
+
+    instruction: str = dataclasses.MISSING  # type: ignore[assignment]
+    texts: list[str] = dataclasses.MISSING  # type: ignore[assignment]
+    verdict: int = dataclasses.MISSING  # type: ignore[assignment]
+    reference: str = ""
+    reason: str = ""
+
+
+@dataclasses.dataclass
 class Rubric:
     """Aspects, their scale, and the words around them.
+
+    A verdict names the best text and rates none: aspects are its criteria then, and what comes of it is one rating,
+    `Preferred`, 1 for the text that it names and 0 for the others.
 
     Attributes:
         name: of the rubric.
         task: the judge's role, one paragraph.
         aspects: in the order in which they are asked.
         scale: of all aspects.
-        rationale: whether a reason is asked for with each rating.
-        template: a Jinja file of one's own (relative to the rubric's file) in place of `templates/judge_FORM.j2`.
+        rationale: whether a reason is asked for with each rating, or before the verdict.
+        verdict: whether the judge names the best text, as `[[1]]`, instead of rating each.
+        reference: whether it is shown the instruction's own answer (`extra.reference`).
+        examples: cases that a verdict's prompt shows solved.
+        template: a Jinja file of one's own (relative to the rubric's file) in place of `templates/judge_FORM.j2`, or
+            `templates/judge_verdict.j2`.
     """
 
     name: str = dataclasses.MISSING  # type: ignore[assignment]
@@ -73,20 +101,29 @@ class Rubric:
     task: str = "You are a careful and impartial judge of texts written by vision-language assistants."
     scale: Scale = dataclasses.field(default_factory=Scale)
     rationale: bool = True
+    verdict: bool = False
+    reference: bool = False
+    examples: list[Example] = dataclasses.field(default_factory=list)
     template: str | None = None
 
     @property
     def names(self) -> list[str]:
-        return [aspect.name for aspect in self.aspects]
+        """Of what is rated."""
+        return [PREFERRED] if self.verdict else [aspect.name for aspect in self.aspects]
 
     @property
     def weights(self) -> dict[str, float]:
-        return {aspect.name: aspect.weight for aspect in self.aspects}
+        return {PREFERRED: 1.0} if self.verdict else {aspect.name: aspect.weight for aspect in self.aspects}
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Of replies that can be asked for."""
+        return FORMS[:1] if self.verdict else FORMS
 
     @property
     def fingerprint(self) -> str:
         """Changes when anything that the judge is asked does, the templates included."""
-        words = [_template(self.template, form)[1] for form in FORMS]
+        words = [self._template(form)[1] for form in self.forms]
         return hashlib.sha256(json.dumps([dataclasses.asdict(self), words]).encode()).hexdigest()
 
     def prompt(
@@ -97,6 +134,7 @@ class Rubric:
         *,
         history: Sequence[tuple[str, str]] = (),
         images: int = 1,
+        reference: str = "",
     ) -> str:
         """The judge's prompt; the images go beside it. Guidelines come first, so that servers can cache them.
 
@@ -106,13 +144,15 @@ class Rubric:
             form: of the reply that is asked for.
             history: earlier turns as (user, assistant).
             images: how many are shown.
+            reference: the instruction's own answer, of a rubric that shows it.
 
         Raises:
             UserError: the template is wrong.
         """
         values = {"rubric": self, "instruction": instruction, "texts": list(texts), "history": list(history)}
+        values["reference"] = reference if self.reference else ""
         try:
-            return _template(self.template, form)[0].render(**values, images=images).strip() + "\n"
+            return self._template(form)[0].render(**values, images=images).strip() + "\n"
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise UserError(f"rubric {self.name}: its template fails ({error})") from None
 
@@ -130,6 +170,9 @@ class Rubric:
         judgement = _object(({"Rationale": {"type": "string"}} if self.rationale else {}) | {"Rating": number})
         by_text = _object({f"Text {n}": judgement for n in range(1, texts + 1)})
         return _object(dict.fromkeys(self.names, by_text))
+
+    def _template(self, form: str) -> tuple[jinja2.Template, str]:
+        return _template(self.template, "verdict" if self.verdict else form)
 
 
 def load_rubric(name: str | Path, relative_to: Path | None = None) -> Rubric:
@@ -176,8 +219,33 @@ def check_rubric(rubric: Rubric, where: str = "rubric") -> None:
             raise UserError(f"{where}: aspect {aspect.name}: weight must be a number of at least 0")
     if not any(aspect.weight for aspect in rubric.aspects):
         raise UserError(f"{where}: all aspects have weight 0; give one of them more")
-    for form in FORMS:
-        _template(rubric.template, form)
+    if rubric.verdict:
+        _check_verdict(rubric, where)
+    elif rubric.examples:
+        raise UserError(f"{where}: examples are for verdicts: leave them out, or write verdict: true")
+    for form in rubric.forms:
+        rubric._template(form)
+
+
+def _check_verdict(rubric: Rubric, where: str) -> None:
+    """What does not go with a verdict."""
+    if (rubric.scale.low, rubric.scale.high) != (0, 1):
+        raise UserError(f"{where}: a verdict is 1 for one text and 0 for the others: write scale: {{low: 0, high: 1}}")
+    for aspect in rubric.aspects:
+        if aspect.levels or aspect.aliases or aspect.weight != 1:
+            raise UserError(
+                f"{where}: aspect {aspect.name}: the criteria of a verdict have name and about, and are not rated: "
+                "leave out levels, aliases and weight"
+            )
+    for number, example in enumerate(rubric.examples):
+        if not 1 <= example.verdict <= len(example.texts):
+            raise UserError(
+                f"{where}: examples[{number}].verdict must name one of its {len(example.texts)} texts, "
+                f"not {example.verdict}"
+            )
+        if bool(example.reference) != rubric.reference:
+            mend = "give it one" if rubric.reference else "leave it out, or write reference: true"
+            raise UserError(f"{where}: examples[{number}].reference: {mend}")
 
 
 @lru_cache(4096)  # headings come again and again
@@ -209,7 +277,7 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
 @cache
 def _template(path: str | None, form: str) -> tuple[jinja2.Template, str]:
     """The compiled template and its source. Templates are text, not code: they run in Jinja's sandbox."""
-    if form not in FORMS:
+    if form not in (*FORMS, "verdict"):
         raise UserError(f"form: {form!r} is unknown; choose one of {', '.join(FORMS)}")
     file = Path(path) if path else TEMPLATES / f"judge_{form}.j2"
     environment = SandboxedEnvironment(

@@ -16,6 +16,7 @@ from typing import Literal
 from data_prep.judging.ratings.found import Found
 from data_prep.judging.ratings.json_form import read_json
 from data_prep.judging.ratings.text_form import read_text
+from data_prep.judging.ratings.verdict import read_verdict
 from data_prep.judging.ratings.words import rating_in
 from data_prep.judging.rubric import Rubric, straight
 
@@ -70,6 +71,8 @@ def parse(
     """
     reply = _answer(reply if isinstance(reply, str) else "")
     cut = finish_reason == "length"
+    if rubric.verdict:
+        return _verdict(reply, rubric, texts, cut, finish_reason, refusal)
     found = Found(rubric, texts)
     if len(reply) <= MAX_REPLY:
         read_json(reply, found)
@@ -82,6 +85,28 @@ def parse(
     if kind == "unparsable" and found.broken:  # nothing it says can be placed
         ratings = {name: [math.nan] * texts for name in rubric.names}
     return ParsedReply(kind, ratings, rationales, missing, note)
+
+
+def _verdict(
+    reply: str, rubric: Rubric, texts: int, cut: bool, finish_reason: str | None, refusal: str | None
+) -> ParsedReply:
+    """1 for the text that a reply names, 0 for the others; the words before it are its reason."""
+    (name,) = rubric.names
+    found = None if refusal or len(reply) > MAX_REPLY else read_verdict(reply, texts)
+    if found is not None:
+        best, reason = found
+        ratings = {name: [float(text == best) for text in range(texts)]}
+        reasons = {name: [reason if text == best else "" for text in range(texts)]}
+        return ParsedReply("complete", ratings, reasons)
+    kind: Kind
+    if refusal or finish_reason == "content_filter" or _REFUSAL.match(straight(reply)):
+        kind, note = "refusal", " ".join((refusal or reply or "the server's content filter").split())[:300]
+    elif cut:
+        kind, note = "truncated", "the reply reached the limit of tokens before its verdict"
+    else:
+        kind, note = "unparsable", f"there is no whole [[1]] to [[{texts}]] at its end" if reply.strip() else _EMPTY
+    nothing: dict[str, list[float]] = {name: [math.nan] * texts}
+    return ParsedReply(kind, nothing, {name: [""] * texts}, [(name, text) for text in range(texts)], note)
 
 
 def _answer(reply: str) -> str:
@@ -119,8 +144,10 @@ def _kind(
         return "refusal", " ".join(reply.split())[:300]
     if found.any and not missing:
         return "refusal", "every rating is N/A"
-    return "unparsable", "the reply is empty" if not reply.strip() else "no rating was found"
+    return "unparsable", _EMPTY if not reply.strip() else "no rating was found"
 
+
+_EMPTY = "the reply is empty"
 
 # A reply that begins like this, and rates nothing, declines.
 _REFUSAL = re.compile(

@@ -113,6 +113,24 @@ def test_published_forms(tmp_path, folder, row, prompt, id):
     assert (instruction.source, instruction.licence) == ("s", "L")
 
 
+def test_the_right_answer_is_kept_for_judges():
+    wanted = {
+        "LLaVA": "A.",
+        "LLaVA-Med": "A.",
+        "SVIT": "Two.",
+        "LRV": "No.",
+        "M3IT": "x",
+        "PMC-VQA": "Liver",
+        "ComVint": "x",
+    }
+    assert {form: asked.extra.get("reference") for form in FORMS for asked in read_row(FORMS[form][0])} == (
+        dict.fromkeys(FORMS) | wanted
+    )
+    assert [asked.extra.get("reference") for asked in read_row(FORMS["LLaVA"][0], "each")] == ["A.", "B."]
+    (own,) = read_row({"prompt": "p", "answer": "x", "reference": "mine"})
+    assert own.extra == {"reference": "mine"}
+
+
 def test_turns_of_a_conversation():
     row = FORMS["LLaVA"][0]
     (last,) = read_row(row, "last")
