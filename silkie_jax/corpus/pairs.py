@@ -17,13 +17,15 @@ A response without a number for one of the aspects that a rule needs is in none 
 """
 
 import functools
+import hashlib
 import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from silkie_jax.corpus.schema import Record, Response
+from silkie_jax.corpus.schema import Record
+from silkie_jax.corpus.scores import check_weights, is_number, rated, scores
 from silkie_jax.errors import UserError
 
 Pairs = list[tuple[int, int]]
@@ -54,37 +56,32 @@ def check_rule(rule: Rule, aspects: Sequence[str] | None = None) -> None:
     name, options = _name_and_options(rule, {})
     if aspects is None:
         return
-    wanted = {"weighted": list(options.get("weights", ())), "aspect": [options.get("aspect")]}.get(name, [])
+    wanted = [options["aspect"]] if name == "aspect" else list(options.get("weights") or ())
     for aspect in wanted:
         if aspect not in aspects:
             have = ", ".join(aspects) or "no ratings at all"
             raise UserError(f"pair_rule {name}: this corpus has no aspect {aspect!r}; it has {have}")
-    if not aspects and name in ("mean_rating", "best_vs_worst"):
+    if not aspects and name in ("mean_rating", "best_vs_worst", "best_vs_lower"):
         raise UserError(f"pair_rule {name}: this corpus has no ratings; use pair_rule: given")
 
 
-def mean_rating(record: Record) -> Pairs:
+def mean_rating(record: Record, margin: float = 0.0) -> Pairs:
     """All pairs of responses; the one with the higher mean of the aspects is chosen; ties are dropped.
 
     Silkie's rule (section 3). Pairs come in the order of `itertools.combinations`, like the original's.
     """
-    return _all_pairs(_means(record))
+    return _all_pairs(scores(record), margin)
 
 
-def weighted(record: Record, weights: Mapping[str, float]) -> Pairs:
+def weighted(record: Record, weights: Mapping[str, float], margin: float = 0.0) -> Pairs:
     """All pairs of responses by the weighted mean of the aspects; one not named, or of weight 0, does not count."""
-    counted = {aspect: float(weight) for aspect, weight in weights.items() if weight}
-    total = math.fsum(counted.values())
-    scores = [
-        math.fsum(weight * response.ratings.get(aspect, math.nan) for aspect, weight in counted.items()) / total
-        for response in record.responses
-    ]
-    return _all_pairs(scores)
+    total = math.fsum(weights.values())
+    return _all_pairs([score / total for score in scores(record, weights)], margin)
 
 
-def aspect(record: Record, aspect: str) -> Pairs:
+def aspect(record: Record, aspect: str, margin: float = 0.0) -> Pairs:
     """All pairs of responses by one aspect's rating."""
-    return _all_pairs([response.ratings.get(aspect, math.nan) for response in record.responses])
+    return _all_pairs([response.ratings.get(aspect, math.nan) for response in record.responses], margin)
 
 
 def longest_as_best(record: Record) -> Pairs:
@@ -105,20 +102,52 @@ def model_as_best(record: Record, model: str = "GPT-4V") -> Pairs:
     return list(itertools.product(chosen, rejected))
 
 
-def best_vs_worst(record: Record) -> Pairs:
+def best_vs_worst(record: Record, margin: float = 0.0) -> Pairs:
     """The response with the highest mean rating against the one with the lowest; of equals, the first."""
-    rated = _rated(record)
-    if not rated:
+    found = rated(scores(record))
+    if not found:
         return []
-    high, best = max(rated, key=lambda item: item[0])
-    low, worst = min(rated, key=lambda item: item[0])
-    return [(best, worst)] if high > low else []
+    high, best = max(found, key=lambda item: item[0])
+    low, worst = min(found, key=lambda item: item[0])
+    return [(best, worst)] if _beats(high, low, margin) else []
 
 
-def best_response(record: Record) -> int | None:
-    """The response with the highest mean rating, of equals the first; None where none has all of its ratings."""
-    rated = _rated(record)
-    return max(rated, key=lambda item: item[0])[1] if rated else None
+def best_vs_lower(record: Record, margin: float, weights: Mapping[str, float] | None = None, seed: int = 0) -> Pairs:
+    """The response with the highest score, of equals the first, against one drawn from those `margin` lower or more.
+
+    The rule of arXiv 2402.10884, as its released notebook applies it with weights of 1 for Helpfulness, Correctness and
+    Coherence and a margin of 2. Where no response is so much lower there is no pair. The lot falls by `seed` and the
+    record's id alone, so that it is the same in any order and on any machine.
+
+    Args:
+        record: an instruction.
+        margin: in points of the score.
+        weights: of the aspects; the score is the weighted sum. None: the mean of all aspects.
+        seed: another one draws other rejected responses.
+    """
+    found = rated(scores(record, weights))
+    if not found:
+        return []
+    high, best = max(found, key=lambda item: item[0])
+    lower = [index for score, index in found if _beats(high, score, margin)]
+    if not lower:
+        return []
+    lot = hashlib.sha256(f"{seed}:{record.id}".encode()).digest()
+    return [(best, lower[int.from_bytes(lot[:8], "big") % len(lower)])]
+
+
+def best_response(
+    record: Record, weights: Mapping[str, float] | None = None, at_least: float | None = None
+) -> int | None:
+    """The response with the highest score (`scores.scores`), of equals the first.
+
+    None where no response has all ratings that count, or where the highest score is below `at_least`.
+    """
+    found = rated(scores(record, weights))
+    if not found:
+        return None
+    high, best = max(found, key=lambda item: item[0])
+    return best if at_least is None or high >= at_least else None
 
 
 def given(record: Record) -> Pairs:
@@ -128,37 +157,22 @@ def given(record: Record) -> Pairs:
 
 _RULES: dict[str, Callable[..., Pairs]] = {
     rule.__name__: rule
-    for rule in (mean_rating, weighted, aspect, longest_as_best, model_as_best, best_vs_worst, given)
+    for rule in (mean_rating, weighted, aspect, longest_as_best, model_as_best, best_vs_worst, best_vs_lower, given)
 }
 RULES = tuple(_RULES)
 
 
-def _means(record: Record) -> list[float]:
-    """The mean over the record's aspects for each response; NaN where it lacks one."""
-    aspects = list(dict.fromkeys(aspect for response in record.responses for aspect in response.ratings))
-    return [_mean(response, aspects) for response in record.responses]
+def _beats(high: float, low: float, margin: float) -> bool:
+    """Whether a score is higher, and by at least `margin`; a tie, or NaN on either side, is not."""
+    return high > low and high - low >= margin
 
 
-def _rated(record: Record) -> list[tuple[float, int]]:
-    """Mean and index of each response that has all of its ratings."""
-    return [(score, index) for index, score in enumerate(_means(record)) if not math.isnan(score)]
-
-
-def _mean(response: Response, aspects: Sequence[str]) -> float:
-    if not aspects:
-        return math.nan
-    total = 0.0
-    for aspect in aspects:  # one after another: sum() rounds differently from Python 3.12 on
-        total += response.ratings.get(aspect, math.nan)
-    return total / len(aspects)
-
-
-def _all_pairs(scores: Sequence[float]) -> Pairs:
+def _all_pairs(scores: Sequence[float], margin: float = 0.0) -> Pairs:
     found = []
     for first, second in itertools.combinations(range(len(scores)), 2):
-        if scores[first] > scores[second]:
+        if _beats(scores[first], scores[second], margin):
             found.append((first, second))
-        elif scores[second] > scores[first]:  # a tie, or NaN on either side, is neither
+        elif _beats(scores[second], scores[first], margin):
             found.append((second, first))
     return found
 
@@ -186,26 +200,27 @@ def _name_and_options(rule: Rule, options: Mapping[str, Any]) -> tuple[str, dict
         if parameter.name not in options and parameter.default is parameter.empty:
             raise UserError(f"pair_rule {rule}: give its option {parameter.name!r}")
     for key, value in options.items():
-        if key == "weights":
-            _check_weights(value)
-        elif not isinstance(value, str):
-            raise UserError(f"pair_rule {rule}: {key} must be a name, not {value!r}")
+        _check_option(f"pair_rule {rule}", key, value)
     return rule, options
+
+
+def _check_option(where: str, key: str, value: Any) -> None:
+    """Refuses a value that an option of a rule cannot have."""
+    match key:
+        case "weights":
+            check_weights(where, value)
+        case "margin":
+            if not is_number(value) or value < 0:
+                raise UserError(f"{where}: margin must be a number of at least 0, not {value!r}")
+        case "seed":
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise UserError(f"{where}: seed must be a whole number, not {value!r}")
+        case _:
+            if not isinstance(value, str):
+                raise UserError(f"{where}: {key} must be a name, not {value!r}")
 
 
 @functools.cache
 def _parameters(rule: str) -> list[inspect.Parameter]:
     """A rule's options."""
     return list(inspect.signature(_RULES[rule]).parameters.values())[1:]
-
-
-def _check_weights(weights: Any) -> None:
-    mend = "pair_rule weighted: weights must map aspects to numbers of at least 0, one of them above 0"
-    if not isinstance(weights, Mapping) or not weights:
-        raise UserError(f"{mend}, not {weights!r}")
-    for aspect, weight in weights.items():
-        number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not number or not math.isfinite(weight) or weight < 0:
-            raise UserError(f"{mend}; {aspect} has {weight!r}")
-    if not any(weights.values()):
-        raise UserError(f"{mend}; all are 0")

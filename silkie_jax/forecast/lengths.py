@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from silkie_jax.corpus.imitation import Imitate
 from silkie_jax.errors import UserError
 from silkie_jax.preference.counts import Work, row_work
 from silkie_jax.preference.grid import Grid, bucket
@@ -63,7 +64,7 @@ def find_steps(config: "TrainConfig", mesh: "Mesh", tokens: int | None = None) -
     return Steps(make_grid(config, mesh, plan, config.accumulate), what)
 
 
-def published_sizes(max_length: int, objective: str, imitate: str | None = None) -> Int[np.ndarray, "I 6"]:
+def published_sizes(max_length: int, objective: str, imitate: Imitate | None = None) -> Int[np.ndarray, "I 6"]:
     """SIZES (layout.py) of as many rows as VLFeedback has, drawn around the published means."""
     random = np.random.default_rng(0)
 
@@ -77,7 +78,7 @@ def published_sizes(max_length: int, objective: str, imitate: str | None = None)
     return _sizes(prompts, np.clip(responses, 8, most), objective, imitate)
 
 
-def equal_sizes(tokens: int, objective: str, imitate: str | None = None) -> Int[np.ndarray, "I 6"]:
+def equal_sizes(tokens: int, objective: str, imitate: Imitate | None = None) -> Int[np.ndarray, "I 6"]:
     """SIZES of rows with the published prompt, and responses so long that all are padded to `tokens`."""
     each = (tokens - 94 - _PROMPT) // _RESPONSES  # the published means fill 930 of 1,024
     if each < 8 or bucket(tokens) != tokens:
@@ -86,7 +87,7 @@ def equal_sizes(tokens: int, objective: str, imitate: str | None = None) -> Int[
 
 
 def _sizes(
-    prompts: Int[np.ndarray, " I"], responses: Int[np.ndarray, "I K"], objective: str, imitate: str | None
+    prompts: Int[np.ndarray, " I"], responses: Int[np.ndarray, "I K"], objective: str, imitate: Imitate | None
 ) -> Int[np.ndarray, "I 6"]:
     """SIZES of rows; of four responses, five pairs of three instructions and four of the fourth are no ties."""
     count = len(prompts)

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from silkie_jax.corpus import CorpusReader, Record
-from silkie_jax.corpus.pairs import Pairs, Rule, best_response, pairs
+from silkie_jax.corpus.imitation import Imitate, imitated
+from silkie_jax.corpus.pairs import Rule, pairs
 from silkie_jax.models.qwen_vl.image import read_image
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.nn.attention import PADDING, ROW
@@ -49,15 +50,14 @@ class RowOptions:
 
     Attributes:
         rule: which responses are compared; None where `imitate` needs no pairs.
-        imitate: of sft: `all` responses; the `chosen` ones, which win under the rule and never lose; or the `best`,
-            which has the highest mean rating.
+        imitate: of sft: `all` responses, the `chosen` ones or the `best` (corpus/imitation.py).
     """
 
     rule: Rule | None
     objective: str = "dpo"
     max_length: int = 2048
     max_prompt_length: int | None = None
-    imitate: str = "chosen"
+    imitate: Imitate = "chosen"
 
     def row(self, tokenizer: Tokenizer, record: Record) -> Row | None:
         """The record's row; None where it has nothing to train on.
@@ -66,7 +66,7 @@ class RowOptions:
           RowTooLong: its images leave no room for a response.
         """
         found = pairs(record, self.rule) if self.rule is not None else []
-        responses = self._imitated(record, found) if self.objective == "sft" else None
+        responses = imitated(record, self.imitate, found) if self.objective == "sft" else None
         if not (found if responses is None else responses):
             return None
         return make_row(
@@ -77,16 +77,6 @@ class RowOptions:
             max_length=self.max_length,
             max_prompt_length=self.max_prompt_length,
         )
-
-    def _imitated(self, record: Record, found: Pairs) -> list[int]:
-        match self.imitate:
-            case "all":
-                return list(range(len(record.responses)))
-            case "best":
-                best = best_response(record)
-                return [] if best is None else [best]
-            case _:
-                return sorted({winner for winner, _ in found} - {loser for _, loser in found})
 
     def key(self, corpus: CorpusReader, tokenizer: Tokenizer) -> dict[str, object]:
         """All that rows depend on."""

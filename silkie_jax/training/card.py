@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from silkie_jax.corpus.imitation import imitate_name
 from silkie_jax.training.config import TrainConfig
 from silkie_jax.training.run_file import RUN_FILE
 
@@ -91,7 +92,9 @@ def _facts(config: TrainConfig, run: Path, step: int | None) -> Iterator[tuple[s
         yield "pairs", f"{config.pair_rule or 'as the corpus gives them, or by mean rating'}"
         yield "reference", str(config.reference)
     else:
-        yield "imitated", f"{config.imitate} responses"
+        more = {} if isinstance(config.imitate, str) else config.imitate
+        options = "".join(f", {key} {value}" for key, value in more.items() if key != "name")
+        yield "imitated", f"{imitate_name(config.imitate)} responses{options}"
     lora, tower = config.lora, config.train_vision
     yield (
         "trained",

@@ -1,14 +1,15 @@
 """The training configuration: typed, with its defaults, checked in one place (config_file.py reads and writes it)."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
+from silkie_jax.corpus.imitation import check_imitate, plain_imitate
 from silkie_jax.errors import UserError
 from silkie_jax.models.qwen_vl.flops import Training
 from silkie_jax.preference.losses import LossOptions, check_loss
 
 OBJECTIVES = ("dpo", "sft")
-IMITATE = ("all", "chosen", "best")
 REFERENCES = ("adapter_off", "copy", "precomputed")
 VISION = ("none", "resampler", "all")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -73,7 +74,7 @@ class TrainConfig:
     run_dir: str = ""
     adapter: str | None = None  # start from this PEFT folder; its rank, alpha and targets replace `lora`
     objective: str = "dpo"
-    imitate: str | None = None  # responses that sft imitates; None: chosen
+    imitate: Any = None  # responses that sft imitates, by name or with options; None: chosen
     loss: str = "sigmoid"
     beta: float = 0.1
     label_smoothing: float = 0.0
@@ -134,6 +135,8 @@ def _resolve(config: TrainConfig) -> None:
         config.max_prompt_length = config.max_length // 2
     if config.objective == "sft" and config.imitate is None:
         config.imitate = "chosen"
+    if isinstance(config.imitate, dict):
+        config.imitate = plain_imitate(config.imitate)
     if config.objective == "dpo" and config.reference is None:
         # Without its adapter a policy is what it started from only where the adapter is a new one.
         fresh = config.lora and not config.adapter
@@ -149,6 +152,12 @@ def _check(config: TrainConfig, where: str) -> None:
 
     def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
         need(value in choices, f"{key}: {value!r} is unknown; choose one of {', '.join(choices)}")
+
+    def checked(check: Callable[..., None], *values: Any) -> None:
+        try:
+            check(*values)
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from None
 
     missing = [key for key in ("model", "corpus", "run_dir") if getattr(config, key) == ""]
     need(not missing, f"{', '.join(missing)} must be set")
@@ -208,7 +217,7 @@ def _check(config: TrainConfig, where: str) -> None:
     if config.objective == "sft":
         need(config.reference is None, "reference has no meaning in objective sft; remove it")
         need(config.sft_weight == 0, "sft_weight has no meaning in objective sft; remove it")
-        one_of("imitate", config.imitate or "", IMITATE)
+        checked(check_imitate, config.imitate)
         need(
             config.imitate == "chosen" or config.pair_rule is None,
             f"pair_rule has no meaning with imitate {config.imitate}; remove it, or set imitate=chosen",
@@ -223,10 +232,7 @@ def _check(config: TrainConfig, where: str) -> None:
             f"reference adapter_off needs a frozen vision tower, but train_vision is {config.train_vision}; "
             "use reference: copy",
         )
-    try:
-        check_loss(config.loss, config.loss_options)
-    except UserError as e:
-        raise UserError(f"{where}: {e}") from None
+    checked(check_loss, config.loss, config.loss_options)
 
 
 def training_of(config: TrainConfig) -> Training:

@@ -89,9 +89,11 @@ def check_same_run(config: TrainConfig, path: Path, *, may_move: bool = False) -
     began = make_config(read_yaml(path), str(path))
     before, now = (_flat(dataclasses.asdict(c)) for c in (began, config))
     moved = [k for k in _PLACES if may_move and before[k] and now[k]]
-    different = [k for k in now if before.get(k) != now[k] and not _FREE.match(k) and k not in moved]
+    # Keys of either: an option that a rule had before may be absent now.
+    keys = [k for k in {**now, **before} if not _FREE.match(k) and k not in moved]
+    different = [k for k in keys if before.get(k) != now.get(k)]
     if different:
-        changes = ", ".join(f"{k} was {before.get(k)!r} and is {now[k]!r}" for k in different)
+        changes = ", ".join(f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in different)
         raise UserError(f"{path.parent} holds another run: {changes}; use a new run_dir or the old values")
     return began
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from silkie_jax.corpus import CorpusReader, split
+from silkie_jax.corpus.imitation import check_imitate, imitate_name
 from silkie_jax.corpus.pairs import check_rule
 from silkie_jax.errors import UserError
 from silkie_jax.hardware.mesh import batch_shards, local_sequences
@@ -66,9 +68,9 @@ def row_options(config: TrainConfig, corpus: CorpusReader) -> RowOptions:
       UserError: the corpus cannot serve the rule, or has no ratings to find the best response by.
     """
     rule = None
-    if config.imitate == "best" and not corpus.aspects:
-        raise UserError("imitate best: this corpus has no ratings; use imitate: all or chosen")
-    if config.imitate not in ("all", "best"):
+    if config.imitate:
+        check_imitate(config.imitate, corpus.aspects)
+    if config.imitate is None or config.imitate == "chosen":
         rule = config.pair_rule or ("mean_rating" if corpus.aspects else "given")
         check_rule(rule, corpus.aspects)
     return RowOptions(rule, config.objective, config.max_length, config.max_prompt_length, config.imitate or "chosen")
@@ -129,9 +131,12 @@ def make_grid(config: TrainConfig, mesh: Mesh, plan: Plan, accumulate: int) -> G
 def _skipped(corpus: CorpusReader, sizes: Int[np.ndarray, "R 6"], options: RowOptions) -> Skipped:
     tokens, cut = sizes[:, 0], sizes[:, SIZES.index("cut")]
     ids = [row.id for row in corpus.index]
+    lacking = {"all": "a response", "best": "a rated response"}.get(imitate_name(options.imitate), "a pair")
+    if isinstance(options.imitate, Mapping) and "at_least" in options.imitate:
+        lacking += f" of at least {options.imitate['at_least']:g}"
     return Skipped(
         unusable=int((tokens == UNUSABLE).sum()),
-        lacking={"all": "a response", "best": "a rated response"}.get(options.imitate, "a pair"),
+        lacking=lacking,
         too_long=[ids[i] for i in np.flatnonzero(tokens == TOO_LONG)],
         cut={ids[i]: int(cut[i]) for i in np.flatnonzero((tokens > TOO_LONG) & (cut > 0))},
     )

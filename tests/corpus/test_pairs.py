@@ -1,6 +1,9 @@
 """Pair rules: the original's outcome for Silkie's own, and what each of the others promises."""
 
+import dataclasses
+import json
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -32,8 +35,6 @@ def test_pairs_keep_the_order_of_combinations():
 
 
 def test_mean_rating_matches_the_original_on_every_golden_row(golden):
-    import json
-
     from data_prep.tables.vlfeedback import parse_row
 
     cases = json.loads((golden / "pairing.json").read_text())
@@ -85,6 +86,68 @@ def test_best_response_is_the_first_of_those_with_the_highest_mean_of_all_aspect
     assert best_response(Record("i", (), "q", ())) is None
 
 
+def test_best_response_by_a_weighted_sum_that_may_have_to_be_so_high():
+    assert best_response(FOUR, {"A": 1}) == 0
+    assert best_response(FOUR, {"B": 1}) == 2
+    assert best_response(FOUR, {"A": 1, "B": 2}) == 1  # 11, 12, 11
+    assert best_response(FOUR, {"A": 1, "B": 2}, at_least=12) == 1
+    assert best_response(FOUR, {"A": 1, "B": 2}, at_least=12.5) is None
+    assert best_response(FOUR, at_least=4) == 0
+
+
+def test_a_margin_keeps_the_pairs_that_are_clear():
+    assert pairs(FOUR, "aspect", aspect="A", margin=3) == [(0, 2), (0, 3), (1, 2)]  # 5 4 1 2
+    assert pairs(FOUR, "mean_rating", margin=1) == pairs(FOUR)
+    assert pairs(FOUR, "mean_rating", margin=1.5) == pairs(FOUR, "best_vs_worst", margin=1.5) == []
+    assert pairs(FOUR, {"name": "weighted", "weights": {"A": 2}, "margin": 4}) == [(0, 2)]  # of the mean, not the sum
+
+
+SUM = {"name": "best_vs_lower", "margin": 2, "weights": {"A": 1, "B": 1}}
+
+
+def test_best_vs_lower_takes_a_lot_among_those_that_are_lower_by_the_margin():
+    assert pairs(FOUR, SUM) == [(0, 2)]  # 8, 8, 6, unrated
+    assert pairs(FOUR, SUM | {"margin": 2.5}) == []
+    assert pairs(FOUR, "best_vs_lower", margin=1) == [(0, 2)]  # without weights by the mean
+    assert pairs(record(("a", "m", 3), ("b", "m", 3)), "best_vs_lower", margin=0) == []  # an equal is not lower
+    assert pairs(record(), "best_vs_lower", margin=0) == []
+
+
+def test_the_lot_depends_on_seed_and_record_alone():
+    many = [("t", "m", 9), *(("t", "m", n) for n in range(7))]
+    drawn = {}
+    for number in range(300):
+        one = dataclasses.replace(record(*many), id=f"record {number}")
+        ((chosen, rejected),) = pairs(one, "best_vs_lower", margin=3)
+        assert chosen == 0
+        assert pairs(one, "best_vs_lower", margin=3) == [(0, rejected)]
+        drawn[number] = rejected, pairs(one, "best_vs_lower", margin=3, seed=1)[0][1]
+    for seed in (0, 1):
+        counts = Counter(pair[seed] for pair in drawn.values())
+        assert sorted(counts) == list(range(1, 8))
+        assert max(counts.values()) < 75  # of 300 in seven boxes: 43 are expected
+    assert 20 < sum(a == b for a, b in drawn.values()) < 75
+
+
+def test_best_vs_lower_chooses_as_the_official_notebook(golden):
+    """Among the same responses as its draws under 60 seeds (arXiv 2402.10884)."""
+    facts = json.loads((golden / "related/mllm_dpo.json").read_text())
+    weights = dict.fromkeys(("Helpfulness", "Correctness", "Coherence"), 1)
+    compared = 0
+    for group in facts["pair_groups"]:
+        responses = [Response("t", ratings=dict(zip(facts["attributes"], r, strict=True))) for r in group["ratings"]]
+        drawn = set()
+        for seed in range(60):
+            found = pairs(
+                Record("id", (), "q", tuple(responses)), "best_vs_lower", margin=2, weights=weights, seed=seed
+            )
+            assert [chosen for chosen, _ in found] == ([] if group["chosen"] is None else [group["chosen"]])
+            drawn |= {rejected for _, rejected in found}
+        assert sorted(drawn) == group["rejected_one_of"]
+        compared += bool(drawn)
+    assert compared > 10
+
+
 def test_given():
     assert pairs(FOUR, "given") == [(1, 0)]
 
@@ -96,7 +159,14 @@ def test_given():
         ({"weights": {}}, "no rule ''"),
         (None, "no rule None"),
         (["mean_rating"], "no rule"),
-        ({"name": "mean_rating", "weights": {}}, "unknown option 'weights'; its options: none"),
+        ({"name": "given", "weights": {}}, "unknown option 'weights'; its options: none"),
+        ({"name": "mean_rating", "weights": {}}, "unknown option 'weights'; its options: margin"),
+        ({"name": "mean_rating", "margin": -1}, "margin must be a number of at least 0, not -1"),
+        ({"name": "aspect", "aspect": "A", "margin": "2"}, "margin must be a number of at least 0, not '2'"),
+        ("best_vs_lower", "give its option 'margin'"),
+        ({"name": "best_vs_lower", "margin": True}, "margin must be a number of at least 0, not True"),
+        ({"name": "best_vs_lower", "margin": 2, "seed": 0.5}, "seed must be a whole number, not 0.5"),
+        ({"name": "best_vs_lower", "margin": 2, "weights": {}}, "weights must map"),
         ({"name": "model_as_best", "mode": "x"}, "unknown option 'mode'; its options: model"),
         ("weighted", "give its option 'weights'"),
         ({"name": "aspect", "aspect": 3}, "aspect must be a name, not 3"),
@@ -121,5 +191,10 @@ def test_a_rule_that_the_corpus_cannot_serve_is_refused():
         check_rule({"name": "aspect", "aspect": "C"}, ["A", "B"])
     with pytest.raises(UserError, match="no aspect 'C'"):
         check_rule({"name": "weighted", "weights": {"A": 1, "C": 1}}, ["A", "B"])
-    with pytest.raises(UserError, match="use pair_rule: given"):
-        check_rule("mean_rating", [])
+    lower = {"name": "best_vs_lower", "margin": 2}
+    check_rule(lower, ["A"])
+    with pytest.raises(UserError, match="no aspect 'C'"):
+        check_rule(lower | {"weights": {"C": 1}}, ["A", "B"])
+    for rule in ("mean_rating", lower):
+        with pytest.raises(UserError, match="use pair_rule: given"):
+            check_rule(rule, [])

@@ -357,6 +357,16 @@ def test_sft_takes_all_responses_or_the_best_one_whatever_their_pairs(corpus):
     assert (batch.work.rows, batch.work.responses, batch.work.pairs) == (1, 4, 0)
 
 
+def test_sft_takes_the_best_response_where_it_is_good_enough(corpus):
+    rule = {"name": "best", "weights": {"Helpfulness": 1, "Visual Faithfulness": 1}, "at_least": 9}
+    good = RowOptions(None, "sft", imitate=rule)
+    assert good.row(TOKENIZER, corpus[4]).responses == (0,)  # 10
+    assert good.row(TOKENIZER, corpus[2]) is None  # 8, all of them
+    sizes = measured(corpus, good)
+    assert (sizes[:, 4] == [1, 1, 0, *[1] * 8]).all()
+    assert good.key(corpus, TOKENIZER)["imitate"] == rule
+
+
 def test_rows_of_one_choice_are_not_taken_for_those_of_another(corpus):
     branches = {}
     for imitate, rule in (("chosen", "mean_rating"), ("all", None), ("best", None)):

@@ -43,6 +43,7 @@ def test_what_follows_from_other_keys():
     sft = make_config(GIVEN | {"objective": "sft"})
     assert (sft.reference, sft.imitate) == (None, "chosen")
     assert make_config(GIVEN).imitate is None
+    assert make_config(GIVEN | {"objective": "sft", "imitate": {"name": "all"}}).imitate == "all"
     assert make_config(GIVEN | {"optimizer": {"schedule": "constant"}}).optimizer.warmup_ratio == 0
     assert make_config(GIVEN | {"steps": 5}).epochs is None
     assert make_config(GIVEN | {"max_length": 600}).max_prompt_length == 300
@@ -99,6 +100,7 @@ def test_saved_configuration_is_the_same(file, tmp_path):
         ["lora=null"],
         ["pair_rule={name: weighted, weights: {Helpfulness: 2.5}}"],
         ["objective=sft"],
+        ["objective=sft", "imitate={name: best, weights: {Helpfulness: 1.5}, at_least: 12}"],
     ):
         config = load_config(file, overrides)
         save_config(config, tmp_path / "saved.yaml")
@@ -216,6 +218,16 @@ def test_rules_over_one_key(key, value, message):
         ({"objective": "sft", "reference": "copy"}, "reference has no meaning in objective sft"),
         ({"objective": "sft", "sft_weight": 1.0}, "sft_weight has no meaning in objective sft"),
         ({"objective": "sft", "imitate": "worst"}, "imitate: 'worst' is unknown; choose one of all, chosen, best"),
+        ({"objective": "sft", "imitate": 3}, "imitate: 3 is unknown"),
+        ({"objective": "sft", "imitate": {"at_least": 3}}, "imitate: '' is unknown"),
+        ({"objective": "sft", "imitate": {"name": "all", "at_least": 3}}, "imitate all: unknown option 'at_least'"),
+        ({"objective": "sft", "imitate": {"name": "best", "least": 3}}, "its options: weights, at_least"),
+        ({"objective": "sft", "imitate": {"name": "best", "weights": {"A": -1}}}, "imitate best: weights must map"),
+        ({"objective": "sft", "imitate": {"name": "best", "at_least": "3"}}, "at_least must be a number, not '3'"),
+        (
+            {"objective": "sft", "imitate": {"name": "best", "at_least": 3}, "pair_rule": "given"},
+            "pair_rule has no meaning with imitate",
+        ),
         ({"imitate": "all"}, "imitate has no meaning in objective dpo; remove it"),
         (
             {"objective": "sft", "imitate": "best", "pair_rule": "given"},
@@ -261,6 +273,12 @@ def test_only_what_changes_no_result_may_change_on_the_way(tmp_path):
     save_config(sft, tmp_path / "sft.yaml")
     other = dataclasses.replace(sft, imitate="all")
     assert "imitate was 'chosen' and is 'all'" in refused(check_same_run, other, tmp_path / "sft.yaml")
+    strict = dataclasses.replace(sft, imitate={"name": "best", "at_least": 12})
+    save_config(strict, tmp_path / "strict.yaml")
+    other = dataclasses.replace(sft, imitate={"name": "best", "weights": {"A": 1}})
+    message = refused(check_same_run, other, tmp_path / "strict.yaml")
+    assert "imitate.at_least was 12 and is None" in message
+    assert "imitate.weights.A was None and is 1" in message
     full = {"lora": None, "reference": "copy"}
     for values in ({"beta": 0.2}, full, {"corpus": "d"}, {"steps": 5, "epochs": None}, {"batch_rows": 8}):
         assert "holds another run" in refused(check_same_run, changed(**values), tmp_path / "config.yaml")
