@@ -89,6 +89,7 @@ class Measures:
         self.off_scale: Counter[str] = Counter()
         self.records = self.images = self.text_only = self.responses = 0
         self.sources: Counter[str] = Counter()
+        self.by_source: dict[str, _Source] = defaultdict(_Source)
         self.licences: Counter[str] = Counter()
         self.histograms: dict[str, Counter[int]] = defaultdict(Counter)
         self.missing: Counter[str] = Counter()
@@ -110,15 +111,18 @@ class Measures:
         self.records += 1
         self.images += len(record.images)
         self.text_only += not record.images
-        self.sources[_name(record.source, self.sources)] += 1
+        source = _name(record.source, self.sources)
+        self.sources[source] += 1
         self.licences[_name(str(record.extra.get("licence") or "not stated"), self.licences)] += 1
-        for rule, count in pairs_by_rule(record).items():
+        pairs = pairs_by_rule(record)
+        for rule, count in pairs.items():
             self.pairs[_name(rule, self.pairs)] += count
         given = [self._on_scale(response.ratings) for response in record.responses]
         overall = [self.overall(ratings) for ratings in given]
         lengths = [float(len(response.text)) for response in record.responses]
         for response, ratings, rating, length in zip(record.responses, given, overall, lengths, strict=True):
             self._add_response(response, ratings, rating, length)
+        self.by_source[source].add(given, overall, pairs["mean_rating"] or pairs["given"])
         if any(response.ratings for response in record.responses):
             self._add_comparisons(overall, lengths)
         self._add_judgements(record.extra.get("judgements") or (), overall)
@@ -205,6 +209,7 @@ class Measures:
             "text_only": self.text_only,
             "responses": self.responses,
             "sources": dict(self.sources.most_common()),
+            "by_source": {name: self.by_source[name].to_json() for name, _ in self.sources.most_common()},
             "licences": dict(self.licences.most_common()),
             "ratings": {
                 aspect: {
@@ -257,6 +262,39 @@ class _Model:
                 for aspect, mean in self.aspects.items()
             },
             "length": self.length.to_json(),
+        }
+
+
+class _Source:
+    """What is known of the instructions of one source."""
+
+    def __init__(self) -> None:
+        self.records = self.responses = self.pairs = 0
+        self.ties = Share()
+        self.overall = Mean()
+        self.aspects: dict[str, Mean] = defaultdict(Mean)
+
+    def add(self, given: list[dict[str, float]], overall: list[float], pairs: int) -> None:
+        """A record: the ratings of its responses, aspect by aspect and overall, and the pairs that it makes."""
+        self.records += 1
+        self.responses += len(overall)
+        self.pairs += pairs
+        for ratings, rating in zip(given, overall, strict=True):
+            self.overall.add(rating)
+            for aspect, value in ratings.items():
+                self.aspects[_name(aspect, self.aspects)].add(value)
+        for a, b in itertools.combinations(overall, 2):
+            if not math.isnan(a + b):
+                self.ties.add(a == b)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "records": self.records,
+            "responses": self.responses,
+            "pairs": self.pairs,
+            "ties": self.ties.to_json(),
+            "overall": self.overall.to_json(),
+            "aspects": {aspect: mean.to_json() for aspect, mean in self.aspects.items()},
         }
 
 

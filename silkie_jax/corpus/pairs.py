@@ -10,9 +10,11 @@ The corpus keeps every response and rating; which of them are compared is chosen
     model_as_best     its second heuristic: the response of one model (GPT-4V) against each of the others
     best_vs_worst     one pair an instruction: the highest mean against the lowest
     given             the pairs that the source itself gave
+    by_source         another rule for some sources of instructions: red-teaming ones, for instance (arXiv 2410.09421)
 
 A configuration says `pair_rule: mean_rating` or, with options,
-`pair_rule: {name: weighted, weights: {Helpfulness: 2, Visual Faithfulness: 1}}`.
+`pair_rule: {name: weighted, weights: {Helpfulness: 2, Visual Faithfulness: 1}}`, and a rule of rules
+`pair_rule: {name: by_source, red-team: {name: aspect, aspect: Ethical Considerations}, other: mean_rating}`.
 A response without a number for one of the aspects that a rule needs is in none of that rule's pairs.
 """
 
@@ -55,6 +57,10 @@ def check_rule(rule: Rule, aspects: Sequence[str] | None = None) -> None:
     """
     name, options = _name_and_options(rule, {})
     if aspects is None:
+        return
+    if name == "by_source":
+        for source, inner in options.items():
+            _within(source, inner, aspects)
         return
     wanted = [options["aspect"]] if name == "aspect" else list(options.get("weights") or ())
     for aspect in wanted:
@@ -155,9 +161,17 @@ def given(record: Record) -> Pairs:
     return list(record.pairs)
 
 
+def by_source(record: Record, /, other: Rule = "mean_rating", **sources: Rule) -> Pairs:
+    """The pairs under the rule of the record's source, or under `other` where it has none of its own."""
+    return pairs(record, sources.get(record.source, other))
+
+
 _RULES: dict[str, Callable[..., Pairs]] = {
     rule.__name__: rule
-    for rule in (mean_rating, weighted, aspect, longest_as_best, model_as_best, best_vs_worst, best_vs_lower, given)
+    for rule in (
+        *(mean_rating, weighted, aspect, longest_as_best, model_as_best, best_vs_worst, best_vs_lower, given),
+        by_source,
+    )
 }
 RULES = tuple(_RULES)
 
@@ -191,6 +205,10 @@ def _name_and_options(rule: Rule, options: Mapping[str, Any]) -> tuple[str, dict
         rule = rule.get("name", "")
     if not isinstance(rule, str) or rule not in _RULES:
         raise UserError(f"pair_rule: there is no rule {rule!r}; choose one of {', '.join(RULES)}")
+    if rule == "by_source":
+        for source, inner in options.items():
+            _within(source, inner, None)
+        return rule, options
     parameters = _parameters(rule)
     for key in options:
         if key not in [parameter.name for parameter in parameters]:
@@ -218,6 +236,16 @@ def _check_option(where: str, key: str, value: Any) -> None:
         case _:
             if not isinstance(value, str):
                 raise UserError(f"{where}: {key} must be a name, not {value!r}")
+
+
+def _within(source: str, rule: Any, aspects: Sequence[str] | None) -> None:
+    """Checks the rule that `by_source` has for a source."""
+    if not isinstance(rule, str | Mapping):
+        raise UserError(f"pair_rule by_source: {source} must be a rule, not {rule!r}")
+    try:
+        check_rule(rule, aspects)
+    except UserError as error:
+        raise UserError(f"pair_rule by_source: {source}: {error}") from None
 
 
 @functools.cache

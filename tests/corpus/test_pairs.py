@@ -152,9 +152,29 @@ def test_given():
     assert pairs(FOUR, "given") == [(1, 0)]
 
 
+def test_by_source():
+    rule = {
+        "name": "by_source",
+        "red-team": {"name": "aspect", "aspect": "B"},
+        "record": "given",
+        "other": "best_vs_worst",
+    }
+    check_rule(rule, ["A", "B"])
+    of = {source: pairs(dataclasses.replace(FOUR, source=source), rule) for source in ("red-team", "record", "x", "")}
+    assert of == {"red-team": [(1, 0), (2, 0), (2, 1)], "record": [(1, 0)], "x": [(0, 2)], "": [(0, 2)]}
+    assert pairs(FOUR, "by_source", s="given") == pairs(FOUR, "mean_rating")
+    with pytest.raises(
+        UserError, match="pair_rule by_source: red-team: pair_rule aspect: this corpus has no aspect 'B'"
+    ):
+        check_rule(rule, ["A"])
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
+        ({"name": "by_source", "s": 3}, "by_source: s must be a rule, not 3"),
+        ({"name": "by_source", "s": {"name": "aspect"}}, "by_source: s: pair_rule aspect: give its option 'aspect'"),
+        ({"name": "by_source", "other": "worst"}, "by_source: other: pair_rule: there is no rule 'worst'"),
         ("best", f"no rule 'best'; choose one of {', '.join(RULES)}"),
         ({"weights": {}}, "no rule ''"),
         (None, "no rule None"),

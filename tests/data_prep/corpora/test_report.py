@@ -119,6 +119,13 @@ def test_ratings_ties_lengths_and_models():
     assert numbers["models"]["m1"]["overall"]["mean"] == 4.25
     assert numbers["pairs"]["mean_rating"] == 8
     assert numbers["sources"] == {"": 1, "s": 1}
+    apart = numbers["by_source"]
+    assert {name: (row["records"], row["responses"], row["pairs"]) for name, row in apart.items()} == {
+        "": (1, 4, 2),
+        "s": (1, 4, 6),
+    }
+    assert apart["s"]["overall"]["mean"] == apart["s"]["aspects"]["A"]["mean"] == 3.125
+    assert apart[""]["ties"] == {"n": 3, "share": pytest.approx(1 / 3, abs=1e-6)}
 
 
 def test_one_absurd_rating_costs_no_memory_and_is_named(tmp_path):
@@ -148,7 +155,7 @@ def test_numbers_stay_small_however_many_names_there_are():
         extra = {"licence": f"l{n}", "judgements": [judged]}
         measures.add(Record(f"r{n}", (), "prompt", responses, source=f"s{n}", extra=extra))
     numbers = measures.to_json()
-    for key in ("sources", "licences", "models", "ratings", "judges", "pairs"):
+    for key in ("sources", "by_source", "licences", "models", "ratings", "judges", "pairs"):
         assert len(numbers[key]) == 101
     assert numbers["models"]["(others)"]["responses"] == numbers["sources"]["(others)"] == 200
 
