@@ -200,7 +200,12 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("model")
     p.add_argument("--adapter", metavar="DIR", help="a PEFT folder")
     p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    p.add_argument("--name", help="what clients call the model; default: the folder's name")
+    p.add_argument(
+        "--name",
+        action="append",
+        default=[],
+        help="what clients call the model; default: the folder's; may be repeated",
+    )
     p.add_argument("--host", default="127.0.0.1", help="the address to listen at")
     p.add_argument("--port", type=int, default=8000, help="0: any that is free")
     p.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="another name of this machine")
@@ -382,10 +387,14 @@ def _serve(args: argparse.Namespace) -> None:
         n=args.max_n,
         seconds=args.timeout,
     )
-    same = ("model", "adapter", "dtype", "name", "host", "port", "api_key_env", "slots", "context", "queue")
+    same = ("model", "adapter", "dtype", "host", "port", "api_key_env", "slots", "context", "queue")
     options = {name: getattr(args, name) for name in (*same, "top_logprobs", "end_with_stdin")}
     with kept_programs(users_folder()):
-        serve(ServeOptions(**options, allow_hosts=args.allow_host, mesh=read_mesh(args.mesh), limits=limits))
+        serve(
+            ServeOptions(
+                **options, names=args.name, allow_hosts=args.allow_host, mesh=read_mesh(args.mesh), limits=limits
+            )
+        )
 
 
 if __name__ == "__main__":

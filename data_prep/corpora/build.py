@@ -14,11 +14,11 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data_prep.corpora.job import BuildJob
 from data_prep.judging.aggregate import KINDS, check_scales
-from data_prep.judging.rubric import Rubric
+from data_prep.judging.kinds import Reading, kept_of, reading
 from data_prep.run import Run
 from data_prep.tables.importing import finished_before
 from data_prep.tables.summary import Summary, finish, rejections_of
@@ -37,7 +37,6 @@ from silkie_jax.corpus.shards import BUILDING, MANIFEST, CorpusBuilder, Entry
 from silkie_jax.corpus.splits import split
 from silkie_jax.endpoints.store import DATABASE
 from silkie_jax.errors import UserError
-from silkie_jax.yaml_files import make
 
 _PER_SHARD = 1000
 _SHARDS_A_PROCESS = 2  # fewer are not worth a process
@@ -95,20 +94,20 @@ def build(
         if ends[0].is_relative_to(ends[1]) or ends[1].is_relative_to(ends[0]):
             raise UserError(f"--evaluation {evaluation}: name a folder of its own, outside {dst}")
     with Run.open(run) as opened:
-        rubrics = _rubrics(opened, judges)
-        total = _check(opened, rubrics, partial)
+        counted = _judges(opened, judges)
+        readings = {name: reading(name, kept) for name, kept in counted.items()}
+        check_scales(readings)
+        total = _check(opened, readings, partial)
         held_out = _hold_out(opened, evaluation_fraction, seed) if evaluation is not None else frozenset()
-        spending = _spending(opened, list(rubrics))
+        spending = _spending(opened, {name for one in readings.values() for name in one.asked})
     shards = math.ceil(total / _PER_SHARD) if shards is None else min(shards, total)
-    job = BuildJob(
-        str(run), str(dst), name, shards, total, {key: asdict(value) for key, value in rubrics.items()}, held_out
-    )
+    job = BuildJob(str(run), str(dst), name, shards, total, counted, held_out)
     workers = workers or min(os.cpu_count() or 1, max(1, shards // _SHARDS_A_PROCESS))
     everywhere = _Side(runner, workers, beam_options or [], progress, spending)
     if evaluation is not None:
         others = frozenset(range(1, total + 1)) - held_out
         _build_one(
-            BuildJob(job.run, str(evaluation), name, min(shards, len(held_out)), total, job.rubrics, others), everywhere
+            BuildJob(job.run, str(evaluation), name, min(shards, len(held_out)), total, job.judges, others), everywhere
         )
     return _build_one(job, everywhere)
 
@@ -217,21 +216,23 @@ def _finish(
     builder: CorpusBuilder, job: BuildJob, entries: list[Entry], key: str, spending: list[dict[str, Any]]
 ) -> Summary:
     """Sums up the shards and completes the corpus."""
-    kinds: dict[str, Counter[str]] = {judge: Counter() for judge in job.rubrics}
+    kinds: dict[str, Counter[str]] = {judge: Counter() for judge in job.judges}
     for entry in entries:
         for judge, found in entry.notes["kinds"].items():
             kinds[judge].update(found)
     rows = sum(entry.notes["counts"].get("rows", 0) for entry in entries)
     if not any(entry.shard.records for entry in entries):
         raise UserError(f"none of the {rows} instructions of {job.run} has a response: nothing to build")
-    rubrics = [make(rubric, Rubric) for rubric in job.rubrics.values()]
+    readings = [reading(judge, kept) for judge, kept in job.judges.items()]
     facts = {
-        "aspects": list(dict.fromkeys(name for rubric in rubrics for name in rubric.names)),
+        "aspects": list(dict.fromkeys(name for one in readings for name in one.names)),
         "input": key,
-        "scales": {name: [rubric.scale.low, rubric.scale.high] for rubric in rubrics for name in rubric.names},
-        "weights": {name: weight for rubric in rubrics for name, weight in rubric.weights.items()},
+        "scales": {
+            name: [one.scale.low, one.scale.high] if one.scale else None for one in readings for name in one.names
+        },
+        "weights": {name: weight for one in readings for name, weight in one.weights.items()},
         "judges": {
-            judge: {"rubric": job.rubrics[judge]["name"], **{kind: kinds[judge][kind] for kind in KINDS}}
+            judge: {"rubric": job.judges[judge]["name"], **{kind: kinds[judge][kind] for kind in KINDS}}
             for judge in kinds
         },
         "spending": spending,
@@ -239,8 +240,8 @@ def _finish(
     return finish(builder, entries, rejections_of(entries), facts, rows=rows)
 
 
-def _rubrics(run: Run, wanted: list[str] | None) -> dict[str, Rubric]:
-    """Judge -> the rubric that it rated by, of the judges that count, in the order of their names."""
+def _judges(run: Run, wanted: list[str] | None) -> dict[str, dict[str, Any]]:
+    """Judge -> what its ratings depend on, of the judges that count, in the order of their names."""
     names = sorted(
         key.removeprefix("judge:")
         for (key,) in run.db.execute("SELECT key FROM meta WHERE key LIKE 'judge:%'").fetchall()
@@ -249,12 +250,10 @@ def _rubrics(run: Run, wanted: list[str] | None) -> dict[str, Rubric]:
         if name not in names:
             raise UserError(f"--judge {name}: the run {run.path} has judges {', '.join(names) or '(none yet)'}")
     chosen = [name for name in names if wanted is None or name in wanted]
-    rubrics = {name: make(run.settings(f"judge:{name}")["rubric"], Rubric, f"judge {name}") for name in chosen}
-    check_scales(rubrics)
-    return rubrics
+    return {name: kept_of(run.settings(f"judge:{name}")) for name in chosen}
 
 
-def _check(run: Run, rubrics: dict[str, Rubric], partial: bool) -> int:
+def _check(run: Run, judges: dict[str, Reading], partial: bool) -> int:
     """The number of instructions; refuses a run that is not ready."""
     total = run.count()
     if not total:
@@ -270,7 +269,7 @@ def _check(run: Run, rubrics: dict[str, Rubric], partial: bool) -> int:
                 f"{run.path}: {count} requests of `silkie corpus {stage}` are still open: finish them first, "
                 "or build what there is with --partial"
             )
-    if not rubrics and not partial:
+    if not judges and not partial:
         raise UserError(f"{run.path} has no ratings yet: run `silkie corpus rate`, or build without with --partial")
     return total
 
@@ -283,7 +282,7 @@ def _hold_out(run: Run, fraction: float, seed: int) -> frozenset[int]:
     return frozenset(int(position) + 1 for position in split(index, fraction, seed)[1])
 
 
-def _spending(run: Run, judges: list[str]) -> list[dict[str, Any]]:
+def _spending(run: Run, asked: Set[str]) -> list[dict[str, Any]]:
     """What the replies that count have cost, by stage and agent. Attempts in vain are not among them: they differ from
     run to run, and a corpus does not. `silkie corpus report --run` shows them."""
     rows = run.db.execute(
@@ -294,7 +293,7 @@ def _spending(run: Run, judges: list[str]) -> list[dict[str, Any]]:
     found: dict[tuple[str, str], dict[str, Any]] = {}
     costs: dict[tuple[str, str], list[float]] = {}
     for stage, agent, state, model, cost, tokens_in, tokens_out in rows:
-        if stage == "rate" and agent not in judges:
+        if stage == "rate" and agent not in asked:
             continue
         row = found.setdefault(
             (stage, agent),

@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from data_prep.judging.aggregate import judgements_of, to_record
-from data_prep.judging.rubric import Rubric
+from data_prep.judging.kinds import reading
 from data_prep.run import Gathered, Instruction, Run
 from data_prep.tables.rejections import Rejection
 from data_prep.tables.summary import counts_of, pairs_by_rule
 from silkie_jax.corpus.schema import Record
 from silkie_jax.corpus.shards import FORMAT, CorpusBuilder, Entry
-from silkie_jax.yaml_files import make
 
 VERSION = 2  # of the way replies become records; a resumed build keeps no shard that another version made
 
@@ -28,7 +27,7 @@ class BuildJob:
         name: of the data set.
         shards: how many.
         total: instructions of the run.
-        rubrics: judge -> rubric as a mapping; replies of other judges do not count.
+        judges: judge -> what its ratings depend on (`kinds.kept_of`); replies of other judges do not count.
         excluded: numbers of instructions that belong to another corpus.
         snapshot: of the run's database, where it cannot be read itself: by other hosts (see `RunStore.snapshot`).
     """
@@ -38,13 +37,13 @@ class BuildJob:
     name: str
     shards: int
     total: int
-    rubrics: dict[str, dict[str, Any]]
+    judges: dict[str, dict[str, Any]]
     excluded: frozenset[int] = frozenset()
     snapshot: str | None = None
 
     @property
     def settings(self) -> str:
-        return json.dumps([VERSION, FORMAT, self.name, self.rubrics])
+        return json.dumps([VERSION, FORMAT, self.name, self.judges])
 
     def make(self, number: int) -> Entry:
         """Makes a shard, unless an earlier run did."""
@@ -71,17 +70,18 @@ class BuildJob:
         return self.total * number // self.shards + 1, self.total * (number + 1) // self.shards
 
     def _gathered(self, run: Run, first: int, last: int) -> Iterator[Gathered]:
+        asked = {name for judge, kept in self.judges.items() for name in reading(judge, kept).asked}
         for gathered in run.gathered(first, last):
             if gathered.instruction.number not in self.excluded:
-                replies = tuple(reply for reply in gathered.replies if reply.judge in self.rubrics)
+                replies = tuple(reply for reply in gathered.replies if reply.judge in asked)
                 yield Gathered(gathered.instruction, gathered.responses, replies)
 
     def _records(self, run: Run, number: int, digest: Any, notes: dict[str, Any]) -> Iterator[Record]:
         """The records of a shard, one at a time; feeds `digest` as `key` does, and fills `notes` at the end."""
-        rubrics = {judge: make(rubric, Rubric) for judge, rubric in self.rubrics.items()}
+        judges = {judge: reading(judge, kept) for judge, kept in self.judges.items()}
         counts: Counter[str] = Counter()
         pair_counts: Counter[str] = Counter()
-        kinds: dict[str, Counter[str]] = {judge: Counter() for judge in rubrics}
+        kinds: dict[str, Counter[str]] = {judge: Counter() for judge in judges}
         rejections: list[dict[str, Any]] = []
         for gathered in self._gathered(run, *self._range(number)):
             digest.update(_content(gathered))
@@ -90,8 +90,8 @@ class BuildJob:
             if not gathered.responses:
                 rejections.append(_rejection(instruction, "row", "no usable response", "no model gave one"))
                 continue
-            judgements = judgements_of(gathered, rubrics)
-            record = to_record(gathered, rubrics, judgements, [run.image(image) for image in instruction.images])
+            judgements = judgements_of(gathered, judges)
+            record = to_record(gathered, judges, judgements, [run.image(image) for image in instruction.images])
             for judgement in judgements:
                 kinds[judgement.judge][judgement.kind] += 1
                 if judgement.kind != "complete":

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_prep.judging.ratings import ParsedReply, parse
 from data_prep.judging.rubric import Rubric
@@ -11,6 +11,9 @@ from data_prep.run import Gathered, JudgeReply
 from data_prep.tables.fields import check_scale
 from silkie_jax.corpus.schema import Record, Response
 from silkie_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from data_prep.judging.kinds import Reading
 
 KINDS = ("complete", "missing", "refusal", "truncated", "unparsable", "failed")
 RESERVED = ("licence", "judgements", "models_reported", "truncated_responses")
@@ -94,19 +97,18 @@ def mean_ratings(
     ]
 
 
-def judgements_of(gathered: Gathered, rubrics: Mapping[str, Rubric]) -> list[Judgement]:
-    """Every reply about an instruction, parsed."""
-    places = {response.slot: index for index, response in enumerate(gathered.responses)}
-    return [judge(reply, rubrics[reply.judge], places, len(gathered.responses)) for reply in gathered.replies]
+def judgements_of(gathered: Gathered, judges: Mapping[str, "Reading"]) -> list[Judgement]:
+    """What all replies about an instruction say, judge by judge."""
+    return [judgement for reading in judges.values() for judgement in reading.judgements(gathered)]
 
 
 def to_record(
-    gathered: Gathered, rubrics: Mapping[str, Rubric], judgements: Sequence[Judgement], images: Sequence[bytes]
+    gathered: Gathered, judges: Mapping[str, "Reading"], judgements: Sequence[Judgement], images: Sequence[bytes]
 ) -> Record:
     """The corpus's record of an instruction: responses by slot, averaged ratings, and every judgement in `extra`."""
     instruction, responses = gathered.instruction, gathered.responses
-    aspects = list(dict.fromkeys(name for rubric in rubrics.values() for name in rubric.names))
-    verdicts = [judge for judge, rubric in rubrics.items() if rubric.verdict]
+    aspects = list(dict.fromkeys(name for reading in judges.values() for name in reading.names))
+    verdicts = [judge for judge, reading in judges.items() if reading.verdict]
     ratings = mean_ratings(judgements, aspects, len(responses), verdicts)
     extra: dict[str, Any] = {key: value for key, value in instruction.extra.items() if key not in RESERVED}
     if instruction.licence:
@@ -138,22 +140,29 @@ def to_record(
     )
 
 
-def check_scales(rubrics: Mapping[str, Rubric]) -> None:
+def check_scales(judges: Mapping[str, "Reading"]) -> None:
     """Refuses judges whose ratings of one aspect cannot be averaged.
 
     Raises:
         UserError: they use different scales, or one that is too wide for a report.
     """
-    seen: dict[str, tuple[str, Any]] = {}
-    for name, rubric in rubrics.items():
-        check_scale(rubric.scale.low, rubric.scale.high, f"judge {name}: scale.")
-        for aspect in rubric.names:
-            other, scale = seen.setdefault(aspect, (name, rubric.scale))
-            if (scale.low, scale.high) != (rubric.scale.low, rubric.scale.high):
+    seen: dict[str, tuple[str, str]] = {}
+    for name, reading in judges.items():
+        if reading.scale is not None:
+            check_scale(reading.scale.low, reading.scale.high, f"judge {name}: scale.")
+        ends = _ends(reading)
+        for aspect in reading.names:
+            other, others = seen.setdefault(aspect, (name, ends))
+            if others != ends:
                 raise UserError(
-                    f"judges {other} and {name} rate {aspect} from {scale.low} to {scale.high} and from "
-                    f"{rubric.scale.low} to {rubric.scale.high}, which cannot be averaged: choose with --judge"
+                    f"judges {other} and {name} rate {aspect} {others} and {ends}, which cannot be averaged: "
+                    "choose with --judge"
                 )
+
+
+def _ends(reading: "Reading") -> str:
+    """The scale of a judge, for people."""
+    return "without a scale" if reading.scale is None else f"from {reading.scale.low} to {reading.scale.high}"
 
 
 def _nothing(rubric: Rubric, texts: int, why: str) -> ParsedReply:

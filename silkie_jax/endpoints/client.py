@@ -4,7 +4,8 @@ import asyncio
 import ipaddress
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -29,6 +30,19 @@ class Answer(NamedTuple):
     headers: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Route:
+    """What is asked of an endpoint: a path below its base URL, and how status and body of a reply are read."""
+
+    path: str
+    read: Callable[[int, str], EndpointReply]
+
+
+CHAT = Route("/chat/completions", outcomes.read)
+LOGPROBS = Route("/logprobs", outcomes.read_data)
+"""Of `silkie serve`: the log-probability of texts (silkie_jax/serving/logprobs_request.py)."""
+
+
 class Client:
     """An async context manager.
 
@@ -36,10 +50,12 @@ class Client:
         agent: whose endpoint.
         key: of its API, or None.
         base_url: of a local agent's server, in place of the agent's.
+        route: what is asked there.
     """
 
-    def __init__(self, agent: Agent, key: str | None, base_url: str | None = None):
+    def __init__(self, agent: Agent, key: str | None, base_url: str | None = None, route: Route = CHAT):
         self.agent = agent
+        self.route = route
         self.timeout = agent.timeout if base_url is None else _LOCAL_SECONDS
         self.scrub = Scrubber([key])
         base_url = base_url or agent.base_url
@@ -59,19 +75,16 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         await self.api.close()
 
-    async def chat(self, body: bytes) -> Answer:
-        """Sends one chat request of JSON bytes. Never raises for what a server or a network can do."""
+    async def ask(self, body: bytes) -> Answer:
+        """Sends one request of JSON bytes. Never raises for what a server or a network can do."""
         try:
             # The raw response: what is stored is what was received, whatever shape it has.
             options: Any = {"headers": {"Content-Type": "application/json"}}
             async with asyncio.timeout(self.timeout):
-                response = await self.api.post(
-                    "/chat/completions", cast_to=httpx2.Response, content=body, options=options
-                )
+                response = await self.api.post(self.route.path, cast_to=httpx2.Response, content=body, options=options)
         except openai.APIStatusError as error:
-            return Answer(
-                outcomes.read(error.status_code, self.scrub.error(error.response.text)), error.response.headers
-            )
+            reply = self.route.read(error.status_code, self.scrub.error(error.response.text))
+            return Answer(reply, error.response.headers)
         except (openai.APITimeoutError, TimeoutError):
             words = f"no reply within {self.timeout:g} s"
             return Answer(EndpointReply(outcomes.TIMEOUT, error=words, may_be_billed=True), {})
@@ -80,7 +93,7 @@ class Client:
             words = outcomes.one_line(self.scrub.error(f"{type(cause).__name__}: {cause}"))
             sent = not isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout)
             return Answer(EndpointReply(outcomes.CONNECTION, error=words, may_be_billed=sent), {})
-        return Answer(outcomes.read(response.status_code, self.scrub(response.text)), response.headers)
+        return Answer(self.route.read(response.status_code, self.scrub(response.text)), response.headers)
 
 
 def _is_this_machine(host: str) -> bool:

@@ -124,7 +124,7 @@ class Lane:
             sent = time.monotonic()
             try:
                 await work.journal.write(begin_attempt(attempt, request.id, most))
-                reply, headers = await self.client.chat(work.wire.body(request.body))
+                reply, headers = await self.client.ask(work.wire.body(request.body))
             except BaseException:
                 self.limiter.release(turn, None)
                 raise

@@ -2,45 +2,46 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 
 from silkie_jax.endpoints.agents import Agent
 from silkie_jax.errors import UserError
 
 _READY = b"serving at "
 _SECONDS = 3600  # for a request: all that are sent at once wait in one queue
+Checkpoint = tuple[str | None, str | None, str]
 
 
-class LocalServers:
-    """The servers of `local` agents: one for each checkpoint, however many agents ask it.
+def checkpoint_of(agent: Agent) -> Checkpoint:
+    """What a server of its own is needed for: agents that agree in this share one."""
+    return agent.local, agent.adapter, agent.dtype
 
-    Args:
-        stack: ends the servers.
-    """
 
-    def __init__(self, stack: AsyncExitStack):
-        self._stack = stack
-        self._urls: dict[tuple[str | None, ...], str] = {}
-
-    async def url(self, agent: Agent, name: str) -> str:
-        """The base URL of an agent's server, which is started if it is not there yet.
-
-        Raises:
-            UserError: it does not start, in its own words.
-        """
-        key = (agent.local, agent.adapter, agent.dtype, agent.model)
-        if key not in self._urls:
-            self._urls[key] = await self._stack.enter_async_context(_server(agent, name))
-        return self._urls[key]
+def by_checkpoint(agents: Mapping[str, Agent]) -> dict[Checkpoint, dict[str, Agent]]:
+    """The agents of each server."""
+    found: dict[Checkpoint, dict[str, Agent]] = {}
+    for name, agent in agents.items():
+        found.setdefault(checkpoint_of(agent), {})[name] = agent
+    return found
 
 
 @asynccontextmanager
-async def _server(agent: Agent, name: str) -> AsyncIterator[str]:
+async def local_server(agents: Mapping[str, Agent]) -> AsyncIterator[str]:
+    """The base URL of a server of one checkpoint, which ends with the block.
+
+    Args:
+        agents: all that are to ask it, by name; of one checkpoint.
+
+    Raises:
+        UserError: it does not start, in its own words.
+    """
+    agent = next(iter(agents.values()))
     command = [sys.executable, "-m", "silkie_jax.cli", "serve", str(agent.local), "--port", "0", "--end-with-stdin"]
     command += ["--timeout", str(_SECONDS), "--queue", "10000", "--dtype", agent.dtype]
     command += ["--adapter", agent.adapter] if agent.adapter else []
-    command += ["--name", agent.model] if agent.model else []
+    for model in dict.fromkeys(one.model for one in agents.values() if one.model):
+        command += ["--name", model]
     process = await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.PIPE, start_new_session=True
     )
@@ -48,7 +49,7 @@ async def _server(agent: Agent, name: str) -> AsyncIterator[str]:
     try:
         line = await process.stdout.readline()
         if not line.startswith(_READY):
-            raise UserError(f"{name}: the model {agent.local} could not be loaded (its message is above)")
+            raise UserError(f"{', '.join(agents)}: the model {agent.local} could not be loaded (its message is above)")
         yield line.removeprefix(_READY).decode().strip()
     finally:
         if process.returncode is None:

@@ -1,4 +1,4 @@
-"""Chat requests: composed once, stored with their images by name, sent with the images in place of the names."""
+"""Requests: composed once, stored with their images by name, sent with the images in place of the names."""
 
 import base64
 import functools
@@ -45,8 +45,20 @@ def compose(
     return body | agent.sampling
 
 
+def compose_texts(
+    agent: Agent, text: str, images: Sequence[str], history: Sequence[tuple[str, str]], texts: Sequence[str]
+) -> dict[str, Any]:
+    """The body of a request about texts as replies to an instruction, such as `/v1/logprobs` takes."""
+    pictures = [{"url": _NAME + sha256} for sha256 in images]
+    body = {"model": agent.model, "prompt": text, "images": pictures, "texts": list(texts)}
+    return body | ({"history": [list(turn) for turn in history]} if history else {})
+
+
 def text_bytes(body: dict[str, Any]) -> int:
     """UTF-8 bytes of all text that the model reads: at least as many as tokens, for any byte-level vocabulary."""
+    if "messages" not in body:
+        texts = [body["prompt"], *(part for turn in body.get("history", ()) for part in turn), *body["texts"]]
+        return sum(len(text.encode()) + TOKENS_PER_MESSAGE for text in texts)
     total = len(to_json(body["response_format"]).encode()) if "response_format" in body else 0
     for message in body["messages"]:
         content = message["content"]

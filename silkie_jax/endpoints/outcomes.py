@@ -6,7 +6,7 @@ ones end the run, since every other request would meet the same; all others woul
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,15 @@ class Scrubber:
 
 def read(status: int, raw: str) -> EndpointReply:
     """The reply of an HTTP status and body (scrubbed before); also of a line of a batch's output."""
+    return _read(status, raw, _completion, "a chat completion")
+
+
+def read_data(status: int, raw: str) -> EndpointReply:
+    """As `read`, of what answers with a list under `data`, such as `/v1/logprobs`: that list as JSON is the text."""
+    return _read(status, raw, _data, "an object with a list of data")
+
+
+def _read(status: int, raw: str, form: Callable[[int, str, Any], EndpointReply], what: str) -> EndpointReply:
     try:
         body = json.loads(raw)
     except ValueError:
@@ -89,9 +98,19 @@ def read(status: int, raw: str) -> EndpointReply:
     if status >= 400:
         return _error(status, raw, body)
     try:
-        return _completion(status, raw, body)
+        return form(status, raw, body)
     except (TypeError, KeyError, IndexError, AttributeError):
-        return EndpointReply(MALFORMED, status, raw, "the reply is not a chat completion in JSON", may_be_billed=True)
+        return EndpointReply(MALFORMED, status, raw, f"the reply is not {what} in JSON", may_be_billed=True)
+
+
+def _data(status: int, raw: str, body: Any) -> EndpointReply:
+    data = body["data"]
+    if not isinstance(data, list):
+        raise TypeError
+    tokens = _count((body.get("usage") or {}).get("total_tokens"))
+    text, model = json.dumps(data, separators=(",", ":")), _text(body.get("model"))
+    written = None if tokens is None else 0
+    return EndpointReply(OK, status, raw, None, text, "stop", model, tokens, written, may_be_billed=tokens is None)
 
 
 def _completion(status: int, raw: str, body: Any) -> EndpointReply:

@@ -2,24 +2,27 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from silkie_jax.endpoints.agents import Agent, read_key
 from silkie_jax.endpoints.attempts import Ids, Review, StageWork, mark_lost
 from silkie_jax.endpoints.batch_files import release_unsent
 from silkie_jax.endpoints.batches import run_batches
 from silkie_jax.endpoints.budget import Budget, Estimate, check_prices, estimate, usd
-from silkie_jax.endpoints.client import Client
+from silkie_jax.endpoints.client import CHAT, Client, Route
 from silkie_jax.endpoints.journal import Journal
 from silkie_jax.endpoints.lanes import send_all
-from silkie_jax.endpoints.local import LocalServers
+from silkie_jax.endpoints.local import by_checkpoint, local_server
 from silkie_jax.endpoints.messages import Wire
 from silkie_jax.endpoints.progress import Progress
 from silkie_jax.endpoints.stopping import Stop
 from silkie_jax.endpoints.store import DATABASE, RunStore
 from silkie_jax.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,13 @@ def estimate_table(estimates: list[Estimate]) -> str:
 
 
 def run_stage(
-    run: RunStore, stage: str, agents: dict[str, Agent], plan: Callable[[], None], review: Review, options: Options
+    run: RunStore,
+    stage: str,
+    agents: dict[str, Agent],
+    plan: Callable[[], None],
+    review: Review,
+    options: Options,
+    routes: Mapping[str, Route] | None = None,
 ) -> StageResult:
     """Plans and sends all requests of a stage that are not settled.
 
@@ -102,6 +111,7 @@ def run_stage(
         agents: by name.
         plan: inserts the stage's requests, and leaves those that are there; called within a transaction.
         review: what makes a verdict of a reply.
+        routes: what is asked of an agent, where that is not a chat.
 
     Raises:
         UserError: the budget is reached, a key or a price is missing, or an endpoint gave up.
@@ -124,7 +134,7 @@ def run_stage(
                 raise _DryRun
     except _DryRun:
         return StageResult(estimates, spent, spent, {}, {})
-    attempts: Counter[str] = asyncio.run(_send(run, stage, agents, keys, review, options, spent))
+    attempts: Counter[str] = asyncio.run(_send(run, stage, agents, keys, review, options, spent, routes or {}))
     states = _states(run, stage)
     outcome = StageResult(estimates, spent, run.spent(), states, dict(attempts))
     if states.get("postponed"):
@@ -152,6 +162,7 @@ async def _send(
     review: Review,
     options: Options,
     spent: float,
+    routes: Mapping[str, Route],
 ) -> Counter[str]:
     states = _states(run, stage)
     total, waiting = sum(states.values()), states.get("open", 0)
@@ -170,16 +181,20 @@ async def _send(
                 batch_ids=Ids(run.db, "batches"),
                 wire=Wire(run),
             )
-            async with _clients(_with_open(run, stage, agents), keys) as clients:
+            async with AsyncExitStack() as stack:
+                clients: dict[str, Client] = {}
                 # A refused request may have made room for another model's: go on until nothing is open.
                 while not work.stop and (busy := _with_open(run, stage, agents)):
-                    for name in busy.keys() - clients.keys():
-                        await clients.start(name, busy[name])
+                    for name in [n for n, agent in busy.items() if n not in clients and not agent.local]:
+                        client = Client(agents[name], keys.get(name), route=routes.get(name, CHAT))
+                        clients[name] = await stack.enter_async_context(client)
                     batched = {n: a for n, a in busy.items() if _batches(a, options)}
                     live = {n: a for n, a in busy.items() if n not in batched}
                     with work.stop.on_interrupt(_INTERRUPTED + (_IN_BATCHES if batched else "")):
                         await asyncio.gather(
-                            run_batches(work, batched, clients, options.poll), send_all(work, live, clients)
+                            run_batches(work, batched, clients, options.poll),
+                            send_all(work, {n: a for n, a in live.items() if not a.local}, clients),
+                            _ask_own_models(work, {n: a for n, a in agents.items() if a.local}, routes),
                         )
                     if not work.stop and _all_in_batches(run, stage, live):
                         mend = "leave out batch: false" if options.batch else "add --batch"
@@ -192,27 +207,39 @@ async def _send(
     return progress.outcomes
 
 
-class _Clients(dict[str, Client]):
-    """Clients by agent, with the servers of local models; all end together."""
+async def _ask_own_models(work: StageWork, agents: dict[str, Agent], routes: Mapping[str, Route]) -> None:
+    """Sends what is open for local models. Their servers run one after another: each takes all accelerators there are.
 
-    def __init__(self, stack: AsyncExitStack, keys: dict[str, str | None]):
-        super().__init__()
-        self._stack = stack
-        self._keys = keys
-        self._servers = LocalServers(stack)
+    Agents of one checkpoint share its server. What goes wrong with one stops the run as any endpoint's failure does.
+    """
+    for sharing in by_checkpoint(agents).values():
+        if work.stop or not _with_open(work.run, work.stage, sharing):
+            continue
+        try:
+            async with AsyncExitStack() as stack:
+                url = await _unless_stopped(work.stop, stack.enter_async_context(local_server(sharing)))
+                if url is None:
+                    return
+                clients = {
+                    name: await stack.enter_async_context(Client(agent, None, url, routes.get(name, CHAT)))
+                    for name, agent in sharing.items()
+                }
+                while not work.stop and (busy := _with_open(work.run, work.stage, sharing)):
+                    await send_all(work, busy, clients)
+        except UserError as error:
+            work.stop.set(error)
 
-    async def start(self, name: str, agent: Agent) -> None:
-        url = await self._servers.url(agent, name) if agent.local else None
-        self[name] = await self._stack.enter_async_context(Client(agent, self._keys.get(name), url))
 
-
-@asynccontextmanager
-async def _clients(agents: dict[str, Agent], keys: dict[str, str | None]) -> AsyncIterator[_Clients]:
-    async with AsyncExitStack() as stack:
-        clients = _Clients(stack, keys)
-        for name, agent in agents.items():
-            await clients.start(name, agent)
-        yield clients
+async def _unless_stopped(stop: Stop, work: Coroutine[Any, Any, T]) -> T | None:
+    """What comes of some work; None where the stop comes first."""
+    task, stopped = asyncio.create_task(work), asyncio.create_task(stop.event.wait())
+    try:
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        for one in (task, stopped):
+            one.cancel()
+        await asyncio.gather(task, stopped, return_exceptions=True)
 
 
 def _states(run: RunStore, stage: str) -> dict[str, int]:

@@ -1,5 +1,7 @@
 """`/v1/logprobs`: the log-probability of texts as replies to a prompt, by the rows that training is made of."""
 
+from typing import Any
+
 from silkie_jax.corpus import Record, Response
 from silkie_jax.nn.attention import ROW
 from silkie_jax.preference.rows import Row
@@ -19,7 +21,7 @@ def read_logprobs(body: bytes, model: ServedModel, limits: Limits) -> Record:
       Refused: one line that names the field and the mend.
     """
     given = read_json(body)
-    check_fields(given, {"model", "prompt", "images", "texts"}, {"user"})
+    check_fields(given, {"model", "prompt", "images", "texts", "history"}, {"user"})
     model.check_name(given.get("model"))
     texts, urls = given.get("texts"), given.get("images") or []
     if not isinstance(texts, list) or not texts:
@@ -34,11 +36,12 @@ def read_logprobs(body: bytes, model: ServedModel, limits: Limits) -> Record:
         raise Refused(f"images: a request may show {limits.images}, not {len(urls)}", param="images")
     record = Record(
         id="request",
-        images=tuple(image(url, f"images[{i}]", model.image_size, limits).file for i, url in enumerate(urls)),
+        images=tuple(_image(entry, f"images[{i}]", model, limits) for i, entry in enumerate(urls)),
         prompt=text(given.get("prompt"), "prompt"),
         responses=tuple(Response(text(entry, f"texts[{i}]")) for i, entry in enumerate(texts)),
+        history=_history(given.get("history")),
     )
-    model.check_length(sum(map(len, (record.prompt, *texts))))
+    model.check_length(sum(map(len, (record.prompt, *texts, *(said for turn in record.history for said in turn)))))
     row = model.scorer.row(record)
     if not isinstance(row, Row) or row.truncated:
         raise Refused(
@@ -53,6 +56,19 @@ def read_logprobs(body: bytes, model: ServedModel, limits: Limits) -> Record:
             param="texts",
         )
     return record
+
+
+def _image(entry: Any, name: str, model: ServedModel, limits: Limits) -> bytes:
+    """The file of an image: a data URL, or an object that holds one, as in a chat's parts."""
+    return image(entry.get("url") if isinstance(entry, dict) else entry, name, model.image_size, limits).file
+
+
+def _history(given: Any) -> tuple[tuple[str, str], ...]:
+    """Earlier turns, each of a user's text and the reply."""
+    turns = [] if given is None else given
+    if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+        raise Refused(f"history must be a list of turns [user, assistant], not {shown(given)}", param="history")
+    return tuple((text(user, "history"), text(reply, "history")) for user, reply in turns)
 
 
 def logprobs_reply(model: ServedModel, scored: Scored) -> dict[str, object]:

@@ -20,6 +20,7 @@ class ServedModel:
         name: what `/v1/models` calls it.
         defaults: of requests that do not say.
         top_logprobs: the most that a request may ask for at each place.
+        names: by which clients may call it, besides its own.
     """
 
     name: str
@@ -28,6 +29,7 @@ class ServedModel:
     scorer: Scorer
     defaults: Defaults
     top_logprobs: int
+    names: tuple[str, ...] = ()
 
     @property
     def image_size(self) -> int:
@@ -35,7 +37,7 @@ class ServedModel:
 
     def check_name(self, name: Any) -> None:
         """Refuses a request for another model; an absent or empty name is this one's."""
-        if name not in (None, "", self.name):
+        if name not in (None, "", self.name, *self.names):
             raise Refused(f"there is no model {shown(name)} here, only {self.name!r}", 404, "model", "model_not_found")
 
     def check_length(self, characters: int) -> None:

@@ -42,7 +42,8 @@ class ServeOptions:
 
     Attributes:
         model, adapter, dtype: the checkpoint, a PEFT folder, and the type to compute in.
-        name: what clients call it; None: the folder's name, with the adapter's after a plus.
+        names: what clients may call it, first what it calls itself; none: the folder's name, with the adapter's after a
+          plus.
         host, port: where to listen; port 0 is any that is free.
         allow_hosts: other names by which clients may call this machine.
         api_key_env: the environment variable with the key that clients must show; None: they need none.
@@ -57,7 +58,7 @@ class ServeOptions:
     model: str
     adapter: str | None = None
     dtype: str = "bfloat16"
-    name: str | None = None
+    names: Sequence[str] = ()
     host: str = "127.0.0.1"
     port: int = 8000
     allow_hosts: Sequence[str] = ()
@@ -72,7 +73,11 @@ class ServeOptions:
 
     @property
     def called(self) -> str:
-        return self.name or "+".join(Path(path).resolve().name for path in (self.model, self.adapter) if path)
+        return (
+            self.names[0]
+            if self.names
+            else "+".join(Path(path).resolve().name for path in (self.model, self.adapter) if path)
+        )
 
 
 def serve(options: ServeOptions) -> None:
@@ -173,7 +178,7 @@ def load_served(options: ServeOptions) -> ServedModel:
     scorer = Scorer(
         engine.model, tokenizer, mesh, batch_rows=1, max_length=options.context, workers=1, kernel=engine.kernel
     )
-    return ServedModel(options.called, tokenizer, engine, scorer, defaults, options.top_logprobs)
+    return ServedModel(options.called, tokenizer, engine, scorer, defaults, options.top_logprobs, tuple(options.names))
 
 
 def _check(options: ServeOptions) -> None:

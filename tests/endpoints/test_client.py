@@ -15,7 +15,7 @@ BODY = b'{"model": "m", "messages": [{"role": "user", "content": "?"}]}'
 def ask(agent: Agent, base_url: str | None = None):
     async def work():
         async with Client(agent, None, base_url) as client:
-            return (await client.chat(BODY)).reply
+            return (await client.ask(BODY)).reply
 
     return asyncio.run(work())
 

@@ -5,7 +5,8 @@ import logging
 
 import pytest
 
-from data_prep.judging.rate import load_judge, rate
+from data_prep.judging.kinds import load_judge
+from data_prep.judging.rate import rate
 from data_prep.respond import load_pool, respond
 from silkie_jax.cli import main
 from silkie_jax.endpoints.stage import Options
@@ -135,4 +136,4 @@ def test_the_configurations_that_come_with_the_project_load(monkeypatch):
     pool = load_pool(root / "configs/pools/vlfeedback.yaml")
     judge = load_judge(root / "configs/judges/gpt4v.yaml")
     assert pool.models_per_instruction == 4
-    assert {judge.agent.api_key_env, pool.models["gpt-4v"].api_key_env} == {"OPENAI_API_KEY"}
+    assert {judge.agents["gpt-4v"].api_key_env, pool.models["gpt-4v"].api_key_env} == {"OPENAI_API_KEY"}

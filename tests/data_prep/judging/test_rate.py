@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from data_prep.judging.rate import Judge, arrangements, rate
+from data_prep.judging.by_rubric import Judge, arrangements
+from data_prep.judging.rate import rate
 from data_prep.run import Gathered, Instruction, Run, StoredResponse
 from silkie_jax.endpoints.agents import Agent
 from silkie_jax.errors import UserError

@@ -7,7 +7,9 @@ from dataclasses import asdict
 import pytest
 
 from data_prep.judging.aggregate import judgements_of, to_record
-from data_prep.judging.rate import load_judge, rate
+from data_prep.judging.by_rubric import RubricReading
+from data_prep.judging.kinds import load_judge
+from data_prep.judging.rate import rate
 from data_prep.judging.ratings import parse
 from data_prep.judging.rubric import Rubric, load_rubric
 from data_prep.respond import respond
@@ -129,9 +131,10 @@ def critic(request) -> str:
 
 def ratings(run, rubric=CRITIC):
     found = []
+    judges = {"judge": RubricReading("judge", rubric)}
     for gathered in everything(run):
-        judgements = judgements_of(gathered, {"judge": rubric})
-        record = to_record(gathered, {"judge": rubric}, judgements, [])
+        judgements = judgements_of(gathered, judges)
+        record = to_record(gathered, judges, judgements, [])
         found.append(([response.ratings["Preferred"] for response in record.responses], record))
     return found
 
@@ -195,7 +198,7 @@ def test_a_verdict_in_one_order_alone_decides_nothing(tmp_path):
 
 def test_kinds_and_forms_are_checked(tmp_path):
     url = "http://127.0.0.1:9/v1"
-    assert load_judge(write_critic(tmp_path / "judge", url)).kind == "verdict"
+    assert load_judge(write_critic(tmp_path / "judge", url)).settings()["kind"] == "verdict"
     for changes, message in (
         ({"kind": "verdict", "rubric": "vlfeedback"}, "kind: 'verdict' is not 'rubric'"),
         ({"form": "json"}, "leave out form: json"),
