@@ -43,12 +43,14 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "... I"], adapter: bool = True) -> Float[Array, "... O"]:
         """Computes in the type of `x`. `adapter=False` is the base layer, whatever is attached."""
         y = _contract(x, self.weight[...])
-        if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)
         if adapter and self.lora_a is not None:
             # Scaled where it is narrow: the sum is then one matrix product that adds to another.
             low = _contract(x, self.lora_a[...]) * jnp.asarray(self.lora_scale, x.dtype)
-            y = y + _contract(low, self.lora_b[...])
+            # Kept too: it is a hundredth of the sum, and the gradient of B would otherwise read all of x once more.
+            y = y + _contract(checkpoint_name(low, LINEAR), self.lora_b[...])
+        # After both products: before the second one it would be written out for that one to add to.
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
         # Named, so that rematerialisation may keep the sum alone, and not also each of the products it is made of.
         return checkpoint_name(y, LINEAR)
 
