@@ -242,7 +242,13 @@ class _Compiler:
             limit = min([limit - 1, *(int(one.most_tokens) for one in compiled if not one.fits)])
             limit = max(limit // 1024 * 1024, old.least_tokens)
             grid = Grid(
-                old.plan, rows=old.rows, accumulate=old.accumulate, shards=old.shards, pack=old.pack, tokens=limit
+                old.plan,
+                rows=old.rows,
+                accumulate=old.accumulate,
+                shards=old.shards,
+                pack=old.pack,
+                tokens=limit,
+                fine=old.fine,
             )
             compiled = self.compile(_an_epoch(grid))
             if all(one.fits for one in compiled):

@@ -45,6 +45,7 @@ def find_steps(config: "TrainConfig", mesh: "Mesh", tokens: int | None = None) -
     Raises:
       UserError: the corpus is not sound, or rows are longer than `batch_tokens` allows.
     """
+    from silkie_jax.hardware.mesh import platform_of
     from silkie_jax.training.data import make_grid, open_data
 
     if tokens is None and Path(config.corpus).exists() and Path(config.model).exists():
@@ -58,7 +59,7 @@ def find_steps(config: "TrainConfig", mesh: "Mesh", tokens: int | None = None) -
         if Path(config.corpus).exists():
             what += f" ({config.model} is not there, without whose tokenizer {config.corpus} cannot be laid out)"
     else:
-        sizes = equal_sizes(tokens, config.objective, config.imitate)
+        sizes = equal_sizes(tokens, config.objective, config.imitate, fine=platform_of(mesh) == "gpu")
         what = f"rows that are padded to {tokens} tokens"
     plan = Plan(sizes, config.batch_rows * config.accumulate, config.batch_pairs, config.seed)
     return Steps(make_grid(config, mesh, plan, config.accumulate), what)
@@ -78,11 +79,15 @@ def published_sizes(max_length: int, objective: str, imitate: Imitate | None = N
     return _sizes(prompts, np.clip(responses, 8, most), objective, imitate)
 
 
-def equal_sizes(tokens: int, objective: str, imitate: Imitate | None = None) -> Int[np.ndarray, "I 6"]:
-    """SIZES of rows with the published prompt, and responses so long that all are padded to `tokens`."""
-    each = (tokens - 94 - _PROMPT) // _RESPONSES  # the published means fill 930 of 1,024
-    if each < 8 or bucket(tokens) != tokens:
-        raise UserError(f"--tokens {tokens}: rows are padded to multiples of 128; give 512 or more")
+def equal_sizes(
+    tokens: int, objective: str, imitate: Imitate | None = None, *, fine: bool = False
+) -> Int[np.ndarray, "I 6"]:
+    """SIZES of rows with the published prompt, and responses so long that all are padded to `tokens` (grid.bucket)."""
+    unused = 30 if fine else 94  # of the published means, 930 tokens, in 960 or 1,024
+    each = (tokens - unused - _PROMPT) // _RESPONSES
+    if each < 8 or bucket(tokens, fine) != tokens:
+        multiples = "32 (beyond 1,024: 64, beyond 2,048: 128)" if fine else "128"
+        raise UserError(f"--tokens {tokens}: rows are padded to multiples of {multiples}; give 512 or more")
     return _sizes(np.full(INSTRUCTIONS, _PROMPT), np.full((INSTRUCTIONS, _RESPONSES), each), objective, imitate)
 
 

@@ -99,6 +99,12 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def platform_of(mesh: Mesh) -> str:
+    """cpu, gpu or tpu."""
+    platform = mesh.devices.flat[0].platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
 def put(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """A batch [A, B, ...] onto the devices, sequences over the batch axes; each host gives those of its devices."""
     where = batch_sharding(mesh, leading=1)

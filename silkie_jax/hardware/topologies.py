@@ -83,7 +83,7 @@ def _target(gpu: Gpu) -> str:
     major, minor = gpu.capability
     return f"""
 gpu_device_info {{
-  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: {gpu.threads}
   shared_memory_per_block: 49152
   shared_memory_per_core: {gpu.shared_memory + 1024}
   shared_memory_per_block_optin: {gpu.shared_memory}

@@ -66,6 +66,7 @@ class Kernel:
         name: `plain`, the function above, is what holds everywhere. `flash` is one pass in Pallas for TPU and GPU
             (flash.py), `cudnn` NVIDIA's, for bfloat16 on its GPUs: neither ever holds [T, T] scores.
         platform: of the devices, `tpu` or `gpu` ('interpret': any, slowly).
+        most: the largest blocks that `flash` may take (flash.py); None: those that are best on the platform.
         mesh, batch, heads: where arrays lie, and which axes of the mesh split rows and heads; None: on one device.
     """
 
@@ -74,6 +75,7 @@ class Kernel:
     mesh: Mesh | None = None
     batch: tuple[str, ...] = ()
     heads: str | None = None
+    most: tuple[int, int] | None = None
 
     def among(self, branches: Int[Array, "B T"]) -> Attend:
         """Attention of rows with these branches, the same for all layers."""
@@ -100,7 +102,7 @@ class Kernel:
         visible = None if branches is None else _visible
 
         def local(q: jax.Array, k: jax.Array, v: jax.Array, branches: jax.Array | None) -> jax.Array:
-            return flash_attention(q, k, v, branches, visible, platform=self.platform)
+            return flash_attention(q, k, v, branches, visible, platform=self.platform, most=self.most)
 
         if self.mesh is None:
             return local(q, k, v, branches)

@@ -57,15 +57,17 @@ def flash_attention(
     visible: Visible | None = None,
     *,
     platform: str,
+    most: tuple[int, int] | None = None,
 ) -> Float[Array, "B T H D"]:
     """softmax(q k^T / sqrt(D)) v; a query that sees nothing gets zeros.
 
     With `visible` attention is causal and restricted to visible(ids of queries [t, 1], ids of keys [1, s]).
-    `platform` is tpu, gpu or interpret.
+    `platform` is tpu, gpu or interpret; `most` the largest block of queries and of keys that a small chip has room for.
     """
     tokens, keys, width = q.shape[1], k.shape[1], q.shape[-1]
-    most = _BLOCKS.get((platform, q.dtype.itemsize), _BLOCKS[platform, None])
-    block_q, block_k = _block(tokens, most[0]), _block(keys, most[1])
+    best = _BLOCKS.get((platform, q.dtype.itemsize), _BLOCKS[platform, None])
+    most_q, most_k = map(min, best, most or best)
+    block_q, block_k = _block(tokens, most_q), _block(keys, most_k)
     form = Form(platform, 1 / math.sqrt(width), block_q, block_k, keys, visible)
     # The diagonal must end in the last blocks of both.
     pad_q, pad_k = (max(block_q, block_k),) * 2 if visible is not None else (block_q, block_k)

@@ -50,6 +50,7 @@ class Grid:
       shards: what the number of sequences must be a multiple of (the mesh's batch axes); empty ones fill up.
       pack: tokens up to which short rows are packed into one sequence; None: a sequence is a row.
       tokens: most tokens of one batch, padding included, over all devices; None: not limited.
+      fine: see `bucket`.
 
     Attributes:
       least_tokens: the smallest such limit: each shard takes one of the longest rows.
@@ -67,11 +68,12 @@ class Grid:
         shards: int = 1,
         pack: int | None = None,
         tokens: int | None = None,
+        fine: bool = False,
     ):
-        self.plan, self.rows, self.accumulate = plan, rows, accumulate
+        self.plan, self.rows, self.accumulate, self.fine = plan, rows, accumulate, fine
         self.shards, self.pack, self.tokens = shards, pack, tokens
         self._widest: dict[tuple[int, int, int], tuple[int, ...]] = {}
-        longest = bucket(max(pack or 0, int(plan.sizes[:, 0].max(initial=0))))
+        longest = bucket(max(pack or 0, int(plan.sizes[:, 0].max(initial=0))), fine)
         self.least_tokens = longest * shards
         if tokens is not None and tokens < self.least_tokens:
             raise UserError(
@@ -90,7 +92,7 @@ class Grid:
             count = len(groups)
         tokens = self.plan.sizes[:, 0]
         longest = max(int(tokens[group].sum()) for group in groups) if self.pack else int(tokens[records].max())
-        batches = max(self.accumulate, -(-count // self._at_once(bucket(longest), count)))
+        batches = max(self.accumulate, -(-count // self._at_once(bucket(longest, self.fine), count)))
         sequences = -(-count // batches)
         padding: list[list[int]] = [[]] * round_up(sequences, self.shards)
         cut = [groups[first : first + sequences] for first in range(0, batches * sequences, sequences)]
@@ -124,20 +126,25 @@ class Grid:
             sizes = np.array([self.plan.sizes[group].sum(0) for groups in batches for group in groups if group])
         else:
             sizes = self.plan.sizes[self.plan.records(step)]
-        return make_shape(len(batches), len(batches[0]), sizes)
+        return make_shape(len(batches), len(batches[0]), sizes, self.fine)
 
     def _widened(self, own: Shape) -> Shape:
         """Padded as much as any other of its length that was seen."""
         return Shape(*own.key, *map(max, own[3:], self._widest.get(own.key, own[3:])))
 
 
-def make_shape(batches: int, sequences: int, sizes: Int[np.ndarray, "G 6"] | Sequence[Int[np.ndarray, "6"]]) -> Shape:
+def make_shape(
+    batches: int,
+    sequences: int,
+    sizes: Int[np.ndarray, "G 6"] | Sequence[Int[np.ndarray, "6"]],
+    fine: bool = False,
+) -> Shape:
     """The shape that holds sequences of these sizes (layout.SIZES, summed over a sequence's rows)."""
     tokens, labels, pair_count, images, branches, _ = np.max(sizes, axis=0).tolist()
     return Shape(
         batches,
         sequences,
-        bucket(tokens),
+        bucket(tokens, fine),
         bucket(labels),
         pairs=round_up(max(pair_count, 1), 6),
         images=images,
@@ -159,9 +166,16 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return [sorted(some) for some in members]
 
 
-def bucket(n: int) -> int:
-    """The next of 64, 128, 192, 256, 384, 512, 640, ..."""
-    return round_up(max(n, 1), 64 if n <= 256 else 128)
+def bucket(n: int, fine: bool = False) -> int:
+    """The next of 64, 128, 192, 256, 384, 512, 640, ...
+
+    `fine`, for GPUs, whose kernels take any multiple of 32: beyond 256 the next multiple of 32, beyond 1,024 of 64,
+    beyond 2,048 of 128. So a row of 930 tokens costs 960 and not 1,024. What is longer is rare: there finer steps would
+    be more programs to compile, at 10 to 20 seconds each, than they save time.
+    """
+    if not fine or n > 2048:
+        return round_up(max(n, 1), 64 if n <= 256 else 128)
+    return round_up(max(n, 1), 32 if 256 < n <= 1024 else 64)
 
 
 def round_up(n: int, multiple: int) -> int:

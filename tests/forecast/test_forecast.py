@@ -122,8 +122,14 @@ def test_equal_rows_fill_what_they_are_padded_to(tokens):
     rows = equal_sizes(tokens, "dpo")
     assert {bucket(int(n)) for n in np.unique(rows[:, 0])} == {tokens}
     assert rows[:, 2].mean() == pytest.approx(4.75, abs=1e-3)
+    finely = equal_sizes(tokens, "dpo", fine=True)
+    assert {bucket(int(n), fine=True) for n in np.unique(finely[:, 0])} == {tokens}
     if tokens == 1024:
         assert work_of(rows) == row_work(330, [150] * 4, 4 * 148) * len(rows) + Work(pairs=int(rows[:, 2].sum()))
+
+
+def test_the_published_means_fill_960_where_padding_is_fine():
+    assert equal_sizes(960, "dpo", fine=True)[0, 0] == 930
 
 
 @pytest.mark.parametrize("tokens", [256, 1000])
@@ -231,8 +237,12 @@ def test_chips_by_the_names_that_jax_gives_them():
     assert find_chip("TPU v5e").name == "TPU v5 lite"
     assert find_chip("TPU v6e").name == "TPU v6 lite"
     assert find_chip("NVIDIA H100 80GB HBM3").name == "H100"
+    assert find_chip("NVIDIA GeForce RTX 4090").name == "RTX 4090"
+    assert find_chip("NVIDIA L4").name == "L4"
+    assert find_chip("NVIDIA L40S") is find_chip("NVIDIA GeForce RTX 4090 Laptop GPU") is None
     assert find_chip("cpu") is None
     assert find_gpu("h200").chip.name == "H200"
+    assert find_gpu("rtx3090").chip.name == "RTX 3090"
     assert find_gpu("v5e") is None
 
 

@@ -32,7 +32,8 @@ def gpu(monkeypatch):
         change = outcomes.get(self.name, lambda out: out)
         return lambda q, k, v: change(attend(q, k, v))
 
-    monkeypatch.setattr(module, "_platform", lambda mesh: "gpu")
+    monkeypatch.setattr(module, "platform_of", lambda mesh: "gpu")
+    monkeypatch.setattr(module, "_largest_blocks", lambda mesh: None)
     monkeypatch.setattr(Kernel, "among", lambda self, branches: pretend(self, real(Kernel(), branches)))
     monkeypatch.setattr(Kernel, "everywhere", lambda self, q, k, v: pretend(self, attention)(q, k, v))
     return outcomes

@@ -49,6 +49,13 @@ def test_rows_get_values_and_gradients_of_the_plain_path(row):
         np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-5)
 
 
+def test_smaller_blocks_give_the_same():
+    branches = jnp.asarray(ROWS["a prompt and branches"])
+    q, k, v = arrays(0, *[(*branches.shape, 1, 16)] * 3)
+    ours = Kernel("flash", "interpret", most=(32, 16)).among(branches)(q, k, v)
+    np.testing.assert_allclose(ours, FLASH.among(branches)(q, k, v), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(("queries", "keys", "width"), [(256, 256, 104), (64, 100, 16), (5, 130, 8)])
 def test_images_see_everything(queries, keys, width):
     """The tower's heads are 104 wide; the resampler has fewer queries than keys."""

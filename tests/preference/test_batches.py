@@ -197,6 +197,8 @@ def test_lengths_come_in_few_sizes():
     assert sizes == sorted(sizes)
     assert len(set(sizes)) < 30
     assert [bucket(n) for n in (1, 64, 65, 256, 257, 384, 385)] == [64, 64, 128, 256, 384, 384, 512]
+    fine = {1: 64, 65: 128, 256: 256, 257: 288, 930: 960, 1024: 1024, 1025: 1088, 2048: 2048, 2049: 2176}
+    assert {n: bucket(n, fine=True) for n in fine} == fine
 
 
 def test_more_than_six_pairs_fit(corpus):
