@@ -15,6 +15,12 @@ class Add(Protocol):
     ) -> argparse.ArgumentParser: ...
 
 
+def add_precision(p: argparse.ArgumentParser, dtype: str) -> None:
+    """How a model is kept and computed with; `dtype` is the default."""
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), default=dtype)
+    p.add_argument("--quantize", choices=("int8",), help="keep the large weights in 8 bits: half the memory")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's, which knows slips of the pen."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.cli import add_verbs as add_corpus_verbs
-from silkie_jax.arguments import Parser, Verbs
+from silkie_jax.arguments import Parser, Verbs, add_precision
 from silkie_jax.errors import UserError
 from silkie_jax.evaluation.cli import add_verbs as add_evaluation_verbs
 
@@ -134,11 +134,11 @@ def make_parser() -> argparse.ArgumentParser:
     p = verb(
         "reference",
         _reference,
-        "Store the reference's log-probabilities beside a corpus.",
+        "Store beside a corpus what training need not compute: the reference's log-probabilities, features of images.",
         "silkie reference configs/silkie.yaml reference=precomputed model=weights/qwen-vl-chat "
         "corpus=corpora/vlfeedback run_dir=runs/silkie",
     )
-    p.add_argument("config", help="the YAML file of the training run, with reference: precomputed")
+    p.add_argument("config", help="the YAML file of the training run, with reference or features: precomputed")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the file")
     _add_hosts(p)
 
@@ -168,7 +168,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("corpus")
     p.add_argument("--out", required=True, metavar="FILE.jsonl")
     p.add_argument("--adapter", metavar="DIR", help="a PEFT folder")
-    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
+    add_precision(p, "float32")
     p.add_argument("--batch-rows", type=int, default=4, help="instructions at once")
     p.add_argument("--max-length", type=int, default=2048, help="tokens of prompt and one response")
 
@@ -188,7 +188,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--max-new-tokens", type=int, help="default: the model's generation_config.json")
     p.add_argument("--system", help="the system message")
-    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
+    add_precision(p, "float32")
     p.add_argument("--json", action="store_true", help='print {"response", "tokens"}')
 
     p = verb(
@@ -199,7 +199,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("model")
     p.add_argument("--adapter", metavar="DIR", help="a PEFT folder")
-    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add_precision(p, "bfloat16")
     p.add_argument(
         "--name",
         action="append",
@@ -303,10 +303,14 @@ def _train(args: argparse.Namespace) -> None:
 def _reference(args: argparse.Namespace) -> None:
     config = _join_hosts(args)
     from silkie_jax.hardware.programs import kept_programs
+    from silkie_jax.scoring.features import compute_features
     from silkie_jax.scoring.reference import compute_reference
 
     with kept_programs(Path(config.run_dir) / "compiled"):
-        print(f"stored: {compute_reference(config)}")
+        if config.features == "precomputed":
+            print(f"stored: {compute_features(config)}")
+        if config.features == "live" or config.reference == "precomputed":
+            print(f"stored: {compute_reference(config)}")
 
 
 def _compile(args: argparse.Namespace) -> int:
@@ -332,6 +336,7 @@ def _score(args: argparse.Namespace) -> None:
             Path(args.out),
             adapter=args.adapter,
             dtype=args.dtype,
+            quantize=args.quantize,
             batch_rows=args.batch_rows,
             max_length=args.max_length,
         )
@@ -354,6 +359,7 @@ def _chat(args: argparse.Namespace) -> None:
             max_new_tokens=args.max_new_tokens,
             system=args.system,
             dtype=args.dtype,
+            quantize=args.quantize,
         )
     print(json.dumps({"response": reply.text, "tokens": reply.tokens}, ensure_ascii=False) if args.json else reply.text)
 
@@ -387,7 +393,7 @@ def _serve(args: argparse.Namespace) -> None:
         n=args.max_n,
         seconds=args.timeout,
     )
-    same = ("model", "adapter", "dtype", "host", "port", "api_key_env", "slots", "context", "queue")
+    same = ("model", "adapter", "dtype", "quantize", "host", "port", "api_key_env", "slots", "context", "queue")
     options = {name: getattr(args, name) for name in (*same, "top_logprobs", "end_with_stdin")}
     with kept_programs(users_folder()):
         serve(

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from silkie_jax.arguments import Add
+from silkie_jax.arguments import Add, add_precision
 from silkie_jax.errors import UserError
 from silkie_jax.evaluation.table import BENCHMARKS
 
@@ -91,7 +91,7 @@ def add_verbs(add: Add) -> None:
 def _add_model(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", required=True, help="a folder; with --endpoint the name that the server knows it by")
     p.add_argument("--adapter", metavar="DIR", help="a PEFT folder")
-    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add_precision(p, "bfloat16")
     p.add_argument("--mesh", default="", metavar="fsdp=N,...", help="sizes of data, fsdp and tensor; default: all data")
     p.add_argument("--slots", type=int, help="replies generated together; default: what memory has room for")
     p.add_argument("--endpoint", metavar="URL", help="of an OpenAI-compatible server that answers instead")
@@ -176,12 +176,14 @@ def _asker(args: argparse.Namespace):
     from silkie_jax.evaluation.running.run import Endpoint, Model
 
     if args.endpoint:
-        if args.adapter or args.slots or args.mesh or args.template:
-            raise UserError("--adapter, --slots, --mesh and --template are of a model here, not of --endpoint")
+        if args.adapter or args.quantize or args.slots or args.mesh or args.template:
+            raise UserError(
+                "--adapter, --quantize, --slots, --mesh and --template are of a model here, not of --endpoint"
+            )
         return Endpoint(args.endpoint, args.model, args.api_key_env)
     from silkie_jax.hardware.mesh import read_mesh
 
-    return Model(args.model, args.adapter, args.dtype, read_mesh(args.mesh), args.slots)
+    return Model(args.model, args.adapter, args.dtype, args.quantize, read_mesh(args.mesh), args.slots)
 
 
 def _answer(args: argparse.Namespace) -> None:

@@ -33,6 +33,7 @@ def answer(
     max_new_tokens: int | None = None,
     system: str | None = None,
     dtype: str = "float32",
+    quantize: str | None = None,
 ) -> Reply:
     """Loads a model and answers one question about some images.
 
@@ -45,7 +46,7 @@ def answer(
     defaults = read_defaults(model_path)
     if max_new_tokens is None:
         max_new_tokens = defaults.max_new_tokens
-    model, tokenizer = load(model_path, dtype=dtype, adapter=adapter)
+    model, tokenizer = load(model_path, dtype=dtype, adapter=adapter, quantize=quantize)
     size = model.config.visual.image_size
     pixels = [read_image(path, size) for path in images]
     ids = chat_prompt(tokenizer, prompt, len(images), system=SYSTEM if system is None else system).tokens

@@ -19,6 +19,7 @@ def open_engine(
     *,
     adapter: str | Path | None = None,
     dtype: str = "bfloat16",
+    quantize: str | None = None,
     mesh: Mesh | None = None,
     say: Callable[[str], None] = print,
     **options: int | None,
@@ -34,7 +35,8 @@ def open_engine(
     """
     tokenizer = Tokenizer.from_folder(path)  # quick to fail, before gigabytes are read
     mesh = make_mesh() if mesh is None else mesh
-    model = load_model(path, dtype=dtype, adapter=adapter, sharding_of=partial(sharding_of, mesh))
+    where = partial(sharding_of, mesh)
+    model = load_model(path, dtype=dtype, adapter=adapter, sharding_of=where, quantize=quantize)
     quiet = say if jax.process_index() == 0 else lambda line: None
     kernel, keeper = sound_kernel("auto", dtype, mesh, say=quiet), sound_keeper(dtype, mesh, say=quiet)
     engine = Engine(model, mesh=mesh, kernel=kernel, keeper=keeper, own=True, **options)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A linear layer with an optional low-rank adapter (LoRA, arXiv 2106.09685)."""
+"""A linear layer with an optional low-rank adapter (LoRA, arXiv 2106.09685), its own weight perhaps in 8 bits."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from silkie_jax.errors import UserError
 from silkie_jax.nn.precision import precision
+from silkie_jax.nn.quantize import encode_array, product
 
 LINEAR = "linear"  # checkpoint name of what linear layers give
 
@@ -36,13 +37,15 @@ class Linear(nnx.Module):
         init = nnx.initializers.normal(0.02)
         self.weight = nnx.Param(init(rngs.params(), (*out, inputs), dtype), axes=axes)
         self.bias = nnx.data(nnx.Param(jnp.zeros(tuple(out), dtype), axes=axes[:-1]) if bias else None)
+        self.scale = nnx.data(None)  # [*out], where `weight` holds codes (nn/quantize.py)
         self.lora_a = nnx.data(None)  # [rank, in]
         self.lora_b = nnx.data(None)  # [*out, rank]
         self.lora_scale = 0.0
 
     def __call__(self, x: Float[Array, "... I"], adapter: bool = True) -> Float[Array, "... O"]:
         """Computes in the type of `x`. `adapter=False` is the base layer, whatever is attached."""
-        y = _contract(x, self.weight[...])
+        weight = self.weight[...]
+        y = _contract(x, weight) if self.scale is None else product(x, weight, self.scale[...])
         if adapter and self.lora_a is not None:
             # Scaled where it is narrow: the sum is then one matrix product that adds to another.
             low = _contract(x, self.lora_a[...]) * jnp.asarray(self.lora_scale, x.dtype)
@@ -53,6 +56,12 @@ class Linear(nnx.Module):
             y = y + self.bias[...].astype(x.dtype)
         # Named, so that rematerialisation may keep the sum alone, and not also each of the products it is made of.
         return checkpoint_name(y, LINEAR)
+
+    def quantize(self) -> None:
+        """Codes and scales take the weight's place; it can no longer be trained."""
+        axes = self.weight.axes
+        codes, scale = encode_array(self.weight[...])
+        self.weight, self.scale = nnx.Param(codes, axes=axes), nnx.Param(scale, axes=axes[:-1])
 
 
 def _contract(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ the images of its own rows only.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -26,6 +27,15 @@ ReferenceLogps = Callable[[int, Sequence[int]], Float[np.ndarray, "K"]]
 """From a record's index and its responses to their stored log-probabilities."""
 
 
+class Features(Protocol):
+    """From an image file's bytes to its stored features, of one shape and type."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __call__(self, image: bytes) -> Float[np.ndarray, "256 W"]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """One step's input: `arrays` go to the devices, the rest is for people.
@@ -35,6 +45,7 @@ class Batch:
       predecessors, labels, label_branches int32 [A, B, N]   (label branches count from 1; 0: padding)
       pairs int32 [A, B, P, 2], pair_mask bool [A, B, P]   (branches of the sequence, from 0)
       images uint8 [A, B, M, S, S, 3]   (absent where no row has an image)
+      features [A, B, M, 256, W]   (in their place where features are stored)
       reference_logps float32 [A, B, K]   (only with a stored reference)
     """
 
@@ -95,6 +106,7 @@ class BatchSource:
       grid: which of them make up each step, and in which forward passes.
       local: says which of so many sequences this host's devices hold (None: all). Others get no pixels.
       reference: stored log-probabilities, where they are used.
+      features: stored features of the images, where they are used; then no image is decoded.
       layout: the rows, where they are kept; otherwise they are laid out again.
     """
 
@@ -109,10 +121,11 @@ class BatchSource:
         image_size: int,
         local: Callable[[int], Bool[np.ndarray, "B"]] | None = None,
         reference: ReferenceLogps | None = None,
+        features: Features | None = None,
         layout: Layout | None = None,
     ):
         self.corpus, self.indices, self.grid = corpus, indices, grid
-        self.tokenizer, self.options, self.reference = tokenizer, options, reference
+        self.tokenizer, self.options, self.reference, self.features = tokenizer, options, reference, features
         self.image_size, self.layout = image_size, layout
         self.local = local or (lambda count: np.ones(count, bool))
 
@@ -129,7 +142,10 @@ class BatchSource:
         rows = [[next(made) for _ in group] for group in groups]
         flat = collate(rows, shape, self.tokenizer.end_of_text)
         local = np.tile(self.local(shape.sequences), shape.batches)
-        flat |= decode_images(rows, shape.images, self.image_size, local)
+        if self.features is None:
+            flat |= decode_images(rows, shape.images, self.image_size, local)
+        else:
+            flat |= read_features(rows, shape.images, self.features, local)
         if self.reference is not None:
             flat["reference_logps"] = np.zeros((len(groups), shape.branches), np.float32)
             for values, group, laid_out in zip(flat["reference_logps"], groups, rows, strict=True):
@@ -218,9 +234,28 @@ def decode_images(
     if not most:
         return {}
     pixels = np.zeros((len(groups), most, size, size, 3), np.uint8)
-    for i, group in enumerate(groups):
-        if wanted is not None and not wanted[i]:
-            continue
-        for j, (row, number, data) in enumerate((r, n, d) for r in group for n, d in enumerate(r.images, 1)):
-            pixels[i, j] = read_image(data, size, name=f"corpus record {row.id!r}, image {number}")
+    for place, row, number, data in _images_of(groups, wanted):
+        pixels[place] = read_image(data, size, name=f"corpus record {row.id!r}, image {number}")
     return {"images": pixels}
+
+
+def read_features(
+    groups: Sequence[Sequence[Row]], most: int, features: Features, wanted: Bool[np.ndarray, "G"] | None = None
+) -> dict[str, Float[np.ndarray, "G M 256 W"]]:
+    """`features` for the model, like `decode_images` but stored, and filled up with zeros."""
+    if not most:
+        return {}
+    values = np.zeros((len(groups), most, *features.shape), features.dtype)
+    for place, _, _, data in _images_of(groups, wanted):
+        values[place] = features(data)
+    return {"features": values}
+
+
+def _images_of(
+    groups: Sequence[Sequence[Row]], wanted: Bool[np.ndarray, "G"] | None
+) -> Iterator[tuple[tuple[int, int], Row, int, bytes]]:
+    """(place in a batch, its row, its number there from 1, its file) of each image of the sequences that are wanted."""
+    for i, group in enumerate(groups):
+        if wanted is None or wanted[i]:
+            for j, (row, number, data) in enumerate((r, n, d) for r in group for n, d in enumerate(r.images, 1)):
+                yield (i, j), row, number, data

@@ -52,6 +52,16 @@ def response_scores(
     return Scores(*(branch_sums(values, batch["label_branches"], branches) for values in found))
 
 
+def image_features(
+    model: QwenVL, batch: dict[str, Array], wrap: Callable, kernel: Kernel = PLAIN
+) -> Float[Array, "B M 256 W"] | None:
+    """What stands for each row's images: stored, or encoded now; None where no row has any."""
+    if "features" in batch:
+        return batch["features"]
+    images = batch.get("images")
+    return None if images is None else model.encode_images(images, wrap, kernel)
+
+
 def block_wrapper(remat: str, mesh: Mesh | None) -> Callable:
     """What goes around each layer: rematerialisation, and rows kept over the batch axes of the mesh."""
     keep = {

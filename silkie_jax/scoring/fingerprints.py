@@ -6,23 +6,62 @@ apart; it is no defence against somebody who forges one.
 
 import hashlib
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, UInt
 
+from silkie_jax.checkpoints.weights import ShardingOf, stream_part
 from silkie_jax.models.qwen_vl.model import QwenVL
 from silkie_jax.nn.lora import linears
 
 
-def weights_fingerprint(model: QwenVL, dtype: jnp.dtype | None = None) -> str:
-    """Of the base weights as they are computed with, cast to `dtype` (None: as they are). Adapters do not count."""
-    digest = hashlib.sha256()
-    for path, variable in sorted(nnx.to_flat_state(nnx.state(model, nnx.Param)), key=lambda item: item[0]):
-        if not isinstance(variable, nnx.LoRAParam):
-            digest.update(_line(".".join(map(str, path)), variable[...], dtype))
-    return digest.hexdigest()
+def weights_fingerprint(model: QwenVL, dtype: jnp.dtype | None = None, tower: bytes = b"") -> str:
+    """Of the base weights as they are computed with, cast to `dtype` (None: as they are). Adapters do not count.
+
+    Where the model lacks its vision tower, `tower` are that one's `checksums`: the fingerprint is the whole model's.
+    """
+    return hashlib.sha256(checksums(model, dtype) + tower).hexdigest()
+
+
+def checksums(model: QwenVL, dtype: jnp.dtype | None = None) -> bytes:
+    """A line for each array of the base weights; the tower's lines follow the decoder's."""
+    flat = sorted(nnx.to_flat_state(nnx.state(model, nnx.Param)), key=lambda item: item[0])
+    return b"".join(
+        _line(".".join(map(str, path)), variable[...], dtype)
+        for path, variable in flat
+        if not isinstance(variable, nnx.LoRAParam)
+    )
+
+
+class Tower(NamedTuple):
+    """A vision tower's `checksums`: as a run would keep it, and as it would compute with it."""
+
+    kept: bytes
+    computed: bytes
+
+
+def tower_checksums(
+    path: str | Path,
+    dtype: str,
+    param_dtype: str,
+    sharding_of: ShardingOf | None = None,
+    quantize: str | None = None,
+) -> Tower:
+    """Of the vision tower of a model folder, one array after another, of which none stays.
+
+    Raises:
+      UserError: all that is wrong with the folder, in one line.
+    """
+    lines = {
+        keys: tuple(_line(".".join(keys), array, kind) for kind in (None, jnp.dtype(dtype)))
+        for keys, array in stream_part(path, "visual", param_dtype, sharding_of, quantize)
+    }
+    kept, computed = zip(*(lines[keys] for keys in sorted(lines)), strict=True)
+    return Tower(b"".join(kept), b"".join(computed))
 
 
 def adapter_fingerprint(model: QwenVL) -> str | None:
@@ -37,14 +76,15 @@ def adapter_fingerprint(model: QwenVL) -> str | None:
 
 
 def _line(name: str, array: Array, dtype: jnp.dtype | None = None) -> bytes:
-    sums = [int(x) for x in _checksums(array, jnp.dtype(dtype or array.dtype))]
+    coded = dtype is None or not jnp.issubdtype(array.dtype, jnp.floating)  # codes are never cast
+    sums = [int(x) for x in _checksums(array, jnp.dtype(array.dtype if coded else dtype))]
     return f"{name} {array.shape} {sums}\n".encode()
 
 
 @partial(jax.jit, static_argnums=1)
 def _checksums(x: Array, dtype: jnp.dtype) -> tuple[UInt[Array, ""], UInt[Array, ""]]:
     """Sums, modulo 2^32, of every element's bits mixed with its place."""
-    bits = jax.lax.bitcast_convert_type(x.astype(dtype), {2: jnp.uint16, 4: jnp.uint32}[dtype.itemsize])
+    bits = jax.lax.bitcast_convert_type(x.astype(dtype), {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[dtype.itemsize])
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)

@@ -30,6 +30,7 @@ def score(
     *,
     adapter: str | Path | None = None,
     dtype: str = "float32",
+    quantize: str | None = None,
     batch_rows: int = 4,
     max_length: int = 2048,
 ) -> None:
@@ -54,7 +55,8 @@ def score(
     part = out.with_name(out.name + ".part")
     _check_same(part, about, paths)  # what is wrong is said before gigabytes are read
     mesh = make_mesh()
-    model = load_model(model_path, dtype=dtype, adapter=adapter, sharding_of=partial(sharding_of, mesh))
+    where = partial(sharding_of, mesh)
+    model = load_model(model_path, dtype=dtype, adapter=adapter, sharding_of=where, quantize=quantize)
     about |= {"weights": weights_fingerprint(model), "adapter": adapter_fingerprint(model)}
     _check_same(part, about, paths)
     done = _records_done(part)

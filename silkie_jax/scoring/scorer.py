@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from silkie_jax.corpus import Record
-from silkie_jax.hardware.mesh import batch_shards, local_sequences, put, replicated
+from silkie_jax.hardware.mesh import batch_shards, local_sequences, platform_of, put, replicated
 from silkie_jax.models.qwen_vl.model import QwenVL
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.nn.attention import PLAIN, Kernel
-from silkie_jax.preference.batches import collate, decode_images
-from silkie_jax.preference.forward import block_wrapper, response_scores
+from silkie_jax.preference.batches import Features, collate, decode_images, read_features
+from silkie_jax.preference.forward import block_wrapper, image_features, response_scores
 from silkie_jax.preference.grid import bucket, make_shape, round_up
 from silkie_jax.preference.layout import row_sizes
 from silkie_jax.preference.rows import Row, RowTooLong, make_row
@@ -36,7 +36,7 @@ class Scorer:
     """A compiled forward pass over rows that hold all responses of a record.
 
     `batch_rows` of them go at once; where they are so long that this would be more than `batch_tokens`, fewer, but at
-    least one a device.
+    least one a device. With stored `features` of their images the model needs no vision tower.
     """
 
     def __init__(
@@ -51,9 +51,11 @@ class Scorer:
         max_prompt_length: int | None = None,
         workers: int = 2,
         kernel: Kernel = PLAIN,
+        features: Features | None = None,
     ):
+        self.features = features
         self.config, self.tokenizer, self.mesh, self.workers = model.config, tokenizer, mesh, workers
-        self.shards, self.tokens = batch_shards(mesh), batch_tokens
+        self.shards, self.tokens, self.fine = batch_shards(mesh), batch_tokens, platform_of(mesh) == "gpu"
         self.rows = round_up(batch_rows, self.shards)
         self._make_row = partial(make_row, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)
         graph, self._state = nnx.split(model)
@@ -63,7 +65,7 @@ class Scorer:
             policy = nnx.merge(graph, state)
             rows = jax.tree.map(lambda x: x[0], batch)
             wrap = block_wrapper("none", mesh)
-            features = policy.encode_images(rows["images"], wrap, kernel) if "images" in rows else None
+            features = image_features(policy, rows, wrap, kernel)
             found = response_scores(policy, rows, features, branches=branches, adapter=True, wrap=wrap, kernel=kernel)
             return found.logps
 
@@ -108,16 +110,19 @@ class Scorer:
         """Sequences of a forward pass over rows up to this one."""
         if self.tokens is None:
             return self.rows
-        a_device = max(self.tokens // (bucket(len(longest.tokens)) * self.shards), 1)
+        a_device = max(self.tokens // (bucket(len(longest.tokens), self.fine) * self.shards), 1)
         return min(self.rows, a_device * self.shards)
 
     def _prepare(self, rows: Mapping[int, Row], chunk: list[int]) -> tuple[dict[str, np.ndarray], int]:
         count = self._at_once(rows[chunk[0]])
         groups = [[rows[i]] for i in chunk] + [[]] * (count - len(chunk))
-        shape = make_shape(1, count, [np.array(row_sizes(row)) for group in groups for row in group])
+        shape = make_shape(1, count, [np.array(row_sizes(row)) for group in groups for row in group], self.fine)
         arrays = collate(groups, shape, self.tokenizer.end_of_text)
         local = local_sequences(self.mesh, count)
-        arrays |= decode_images(groups, shape.images, self.config.visual.image_size, local)
+        if self.features is None:
+            arrays |= decode_images(groups, shape.images, self.config.visual.image_size, local)
+        else:
+            arrays |= read_features(groups, shape.images, self.features, local)
         return {name: values[None] for name, values in arrays.items()}, shape.branches
 
     def _ahead(self, prepared: "grain.MapDataset | list") -> "grain.IterDataset | list":

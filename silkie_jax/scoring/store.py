@@ -1,9 +1,11 @@
-"""The reference's log-probabilities beside a corpus: computed once, then training needs no second forward pass.
+"""What is computed once and lies beside a corpus, under the hash of all that it depends on, in parts.
 
-    CORPUS/reference/KEY/identity.json      what they depend on; KEY is its hash
-    CORPUS/reference/KEY/part-00000.npz     of 1,024 records: every response's log-probability
+    CORPUS/KIND/KEY/identity.json      what it depends on; KEY is its hash
+    CORPUS/KIND/KEY/part-00000.npz     some of it: a part is written at once or not at all
 
-Every response of every record is there, whatever the pair rule, so that rules can be changed without computing anew.
+Of the kind `reference` are the reference's log-probabilities, 1,024 records a part: with them training needs no second
+forward pass. Every response of every record is there, whatever the pair rule, so that rules can be changed without
+computing anew. The kind `features` has a module of its own (features.py).
 """
 
 import hashlib
@@ -12,6 +14,7 @@ import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -21,39 +24,81 @@ from silkie_jax.errors import UserError
 PART = 1024  # records of a file
 
 Identity = Mapping[str, str]
-"""What log-probabilities depend on, by name: weights, dtype, tokenizer, rows, corpus, and adapter where one counts."""
+"""What stored numbers depend on, by name. Log-probabilities: weights, dtype, tokenizer, rows, corpus, and adapter or
+quantize where there is one."""
 
 
-class ReferenceStore:
-    """The files of one identity; a part is written at once or not at all."""
+class Store:
+    """The parts of one identity. Each kind says what it is called, in paths and in words, and how large a part is."""
 
-    def __init__(self, corpus: Path, identity: Identity, records: int):
-        text = json.dumps(dict(identity), sort_keys=True, indent=1)
-        self.folder = corpus / "reference" / hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.records, self._text = records, text
+    kind: ClassVar[str]
+    what: ClassVar[str]
+    suffix: ClassVar[str]
+    part: ClassVar[int]  # items of a part
+
+    def __init__(self, corpus: Path, identity: Identity, count: int):
+        self.identity, self.count = dict(identity), count
+        self._text = json.dumps(self.identity, sort_keys=True, indent=1)
+        self.corpus = corpus
+        self.folder = corpus / self.kind / hashlib.sha256(self._text.encode()).hexdigest()[:16]
 
     @property
     def parts(self) -> int:
-        return -(-self.records // PART)
+        return -(-self.count // self.part)
 
     def range(self, part: int) -> range:
-        """The records of a part."""
-        return range(part * PART, min((part + 1) * PART, self.records))
+        """The items of a part."""
+        return range(part * self.part, min((part + 1) * self.part, self.count))
 
     def missing(self) -> list[int]:
         """Parts that are not there yet."""
-        return [part for part in range(self.parts) if not self._path(part).exists()]
+        return [part for part in range(self.parts) if not self.path(part).exists()]
+
+    def path(self, part: int) -> Path:
+        """The file of a part."""
+        return self.folder / f"part-{part:05d}.{self.suffix}"
+
+    def begin(self) -> None:
+        """Makes the folder, and says in it what it is of."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_file(self.folder / "identity.json", self._text.encode())
+
+    def check(self) -> None:
+        """That all of exactly this identity is there.
+
+        Raises:
+          UserError: there is nothing, not all, or what lies there was made under another identity; then the line says
+            what differs.
+        """
+        run = "run `silkie reference` with this config"
+        if self.folder.is_dir():
+            missing = self.missing()
+            if missing:
+                raise UserError(
+                    f"{self.folder}: {len(missing)} of {self.parts} parts are missing; "
+                    "run `silkie reference` with the same config to complete them"
+                )
+            return
+        others = [_read_identity(path) for path in sorted(self.corpus.glob(f"{self.kind}/*/identity.json"))]
+        if not others:
+            raise UserError(f"{self.corpus} has no {self.what}; {run} first")
+        keys = dict.fromkeys((*self.identity, *(key for other in others for key in other)))  # some are in either alone
+        differing = min(([k for k in keys if o.get(k) != self.identity.get(k)] for o in others), key=len)
+        raise UserError(f"{self.corpus}: the {self.what} there were made with other {' and '.join(differing)}; {run}")
+
+
+class ReferenceStore(Store):
+    """Log-probabilities of every response, by record."""
+
+    kind, what, suffix, part = "reference", "reference log-probabilities", "npz", PART
 
     def write(self, part: int, logps: Sequence[Float[np.ndarray, "R"]]) -> None:
         """Stores the log-probabilities of a part, one array a record."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        identity = self.folder / "identity.json"
-        if not identity.exists():
-            _replace(identity, self._text.encode())
-        counts = np.array([len(values) for values in logps], np.int32)
-        path = self._path(part)
+        self.begin()
+        path = self.path(part)
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:
+            counts = np.array([len(values) for values in logps], np.int32)
             np.savez(file, counts=counts, logps=np.concatenate([*logps, []]).astype(np.float32))
         os.replace(temporary, path)
 
@@ -63,25 +108,17 @@ class ReferenceStore:
         Raises:
           UserError: a part is missing or damaged.
         """
-        missing = self.missing()
-        if missing:
-            raise UserError(
-                f"{self.folder}: {len(missing)} of {self.parts} parts are missing; "
-                "run `silkie reference` with the same config to complete them"
-            )
+        self.check()
         counts, logps = [], []
         for part in range(self.parts):
             try:
-                with np.load(self._path(part)) as arrays:
+                with np.load(self.path(part)) as arrays:
                     counts.append(arrays["counts"])
                     logps.append(arrays["logps"])
             except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
-                raise UserError(f"{self._path(part)}: damaged ({e}); remove it and run `silkie reference`") from None
+                raise UserError(f"{self.path(part)}: damaged ({e}); remove it and run `silkie reference`") from None
         every = np.concatenate([*counts, []]).astype(np.int64), np.concatenate([*logps, []])
         return StoredReference(self.folder, *every)
-
-    def _path(self, part: int) -> Path:
-        return self.folder / f"part-{part:05d}.npz"
 
 
 class StoredReference:
@@ -103,18 +140,7 @@ def find_reference(corpus: Path, identity: Identity, records: int) -> StoredRefe
     Raises:
       UserError: there are none, or what lies there was made under another one; then the line says what differs.
     """
-    store = ReferenceStore(corpus, identity, records)
-    if store.folder.is_dir():
-        return store.read()
-    others = [_read_identity(path) for path in sorted(corpus.glob("reference/*/identity.json"))]
-    run = "run `silkie reference` with this config"
-    if not others:
-        raise UserError(f"{corpus} has no reference log-probabilities; {run} first")
-    keys = dict.fromkeys((*identity, "adapter"))  # an adapter may be in either alone
-    differing = min(([k for k in keys if other.get(k) != identity.get(k)] for other in others), key=len)
-    raise UserError(
-        f"{corpus}: the reference log-probabilities there were made with other {' and '.join(differing)}; {run}"
-    )
+    return ReferenceStore(corpus, identity, records).read()
 
 
 def _read_identity(path: Path) -> dict[str, str]:
@@ -124,7 +150,10 @@ def _read_identity(path: Path) -> dict[str, str]:
         return {}
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all, unless it holds just that already."""
+    if path.exists() and path.read_bytes() == data:
+        return
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)

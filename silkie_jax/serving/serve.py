@@ -44,6 +44,7 @@ class ServeOptions:
         model, adapter, dtype: the checkpoint, a PEFT folder, and the type to compute in.
         names: what clients may call it, first what it calls itself; none: the folder's name, with the adapter's after a
           plus.
+        quantize: int8: large weights in 8 bits.
         host, port: where to listen; port 0 is any that is free.
         allow_hosts: other names by which clients may call this machine.
         api_key_env: the environment variable with the key that clients must show; None: they need none.
@@ -58,6 +59,7 @@ class ServeOptions:
     model: str
     adapter: str | None = None
     dtype: str = "bfloat16"
+    quantize: str | None = None
     names: Sequence[str] = ()
     host: str = "127.0.0.1"
     port: int = 8000
@@ -165,6 +167,7 @@ def load_served(options: ServeOptions) -> ServedModel:
         options.model,
         adapter=options.adapter,
         dtype=options.dtype,
+        quantize=options.quantize,
         mesh=mesh,
         say=_say,
         context=options.context,

@@ -7,10 +7,13 @@ from typing import Any
 from silkie_jax.corpus.imitation import check_imitate, plain_imitate
 from silkie_jax.errors import UserError
 from silkie_jax.models.qwen_vl.flops import Training
+from silkie_jax.nn.quantize import METHODS
 from silkie_jax.preference.losses import LossOptions, check_loss
 
 OBJECTIVES = ("dpo", "sft")
 REFERENCES = ("adapter_off", "copy", "precomputed")
+QUANTIZE = METHODS
+FEATURES = ("live", "precomputed")
 VISION = ("none", "resampler", "all")
 SCHEDULES = ("cosine", "linear", "constant")
 REMAT = ("full", "dots", "none")
@@ -83,6 +86,7 @@ class TrainConfig:
     reference: str | None = None  # None: the policy as it starts, by adapter_off where that is the same, else by copy
     lora: LoraConfig | None = dataclasses.field(default_factory=LoraConfig)  # null: full fine-tuning
     train_vision: str = "none"
+    features: str = "live"  # of images: made by the vision tower in every step, or stored by `silkie reference`
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     batch_rows: int = 16  # instructions that go through the model at once, over all devices
     accumulate: int = 1  # such batches for one update
@@ -95,6 +99,7 @@ class TrainConfig:
     max_prompt_length: int | None = None  # what a prompt is cut to where that is exceeded; None: half
     seed: int = 0
     dtype: str = "bfloat16"  # of computation and of frozen weights; what is trained is kept in float32
+    quantize: str | None = None  # int8: frozen weights of decoder and tower are kept in 8 bits
     remat: str = "dots"  # what is computed again: every layer (full), all but matmuls and flash, or nothing
     attention: str = "auto"  # the kernel; auto: what is best on the platform
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -163,6 +168,7 @@ def _check(config: TrainConfig, where: str) -> None:
     need(not missing, f"{', '.join(missing)} must be set")
     one_of("objective", config.objective, OBJECTIVES)
     one_of("train_vision", config.train_vision, VISION)
+    one_of("features", config.features, FEATURES)
     one_of("optimizer.schedule", config.optimizer.schedule, SCHEDULES)
     one_of("dtype", config.dtype, DTYPES)
     one_of("remat", config.remat, REMAT)
@@ -192,6 +198,25 @@ def _check(config: TrainConfig, where: str) -> None:
     sizes = dataclasses.astuple(config.mesh)
     need(all(s == -1 or s >= 1 for s in sizes), f"mesh sizes must be at least 1, or -1 for the rest, not {sizes}")
     need(sizes.count(-1) <= 1, "only one mesh axis can be -1")
+    if config.quantize is not None:
+        one_of("quantize", config.quantize, QUANTIZE)
+        need(bool(config.lora), f"quantize {config.quantize} is of frozen weights, and lora is null; set quantize=null")
+        need(
+            config.train_vision == "none",
+            f"quantize {config.quantize} is of frozen weights, but train_vision is {config.train_vision}; "
+            "set quantize=null",
+        )
+    if config.features == "precomputed":
+        need(
+            config.train_vision == "none",
+            f"features precomputed needs a frozen vision tower, but train_vision is {config.train_vision}; "
+            "use features: live",
+        )
+        need(
+            not config.evaluate_with,
+            "features precomputed leaves the vision tower out, which evaluate_with needs; use features: live, or "
+            "`silkie evaluate run` on a checkpoint",
+        )
     o = config.optimizer
     need(o.learning_rate > 0, f"optimizer.learning_rate must be positive, not {o.learning_rate}")
     for part, trained_by in (("vision", ("all",)), ("resampler", ("resampler", "all"))):
@@ -241,6 +266,7 @@ def training_of(config: TrainConfig) -> Training:
         lora_rank=config.lora.rank if config.lora else None,
         lora_targets=tuple(config.lora.targets) if config.lora else (),
         train_vision=config.train_vision,
+        stored_features=config.features == "precomputed",
         live_reference=config.reference in ("adapter_off", "copy"),
         remat=config.remat,
         attention_again=config.attention in ("plain", "cudnn"),

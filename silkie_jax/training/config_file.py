@@ -74,7 +74,7 @@ def save_config(config: TrainConfig, path: Path) -> None:
 # Keys that may differ between the parts of one run: they do not change what is computed.
 _FREE = re.compile(
     r"^(run_dir|workers|log_every|evaluate_every|evaluate_at_start|evaluate_with|checkpoint_every|keep_checkpoints|on_nonfinite|wandb|mesh\..*"
-    r"|batch_tokens|remat|attention)$"
+    r"|batch_tokens|remat|attention|features)$"
 )
 
 

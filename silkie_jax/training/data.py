@@ -14,10 +14,10 @@ from silkie_jax.corpus import CorpusReader, split
 from silkie_jax.corpus.imitation import check_imitate, imitate_name
 from silkie_jax.corpus.pairs import check_rule
 from silkie_jax.errors import UserError
-from silkie_jax.hardware.mesh import batch_shards, local_sequences
+from silkie_jax.hardware.mesh import batch_shards, local_sequences, platform_of
 from silkie_jax.models.qwen_vl.config import QwenVLConfig
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
-from silkie_jax.preference.batches import BatchSource, ReferenceLogps, RowOptions
+from silkie_jax.preference.batches import BatchSource, Features, ReferenceLogps, RowOptions
 from silkie_jax.preference.grid import Grid
 from silkie_jax.preference.layout import SIZES, TOO_LONG, UNUSABLE, lay_out
 from silkie_jax.preference.plan import Plan
@@ -59,6 +59,12 @@ class Data:
         for source in (self.train, self.evaluation):
             if source is not None:
                 source.reference = reference
+
+    def use_features(self, features: Features) -> None:
+        """Lets batches carry stored features in the place of images."""
+        for source in (self.train, self.evaluation):
+            if source is not None:
+                source.features = features
 
 
 def row_options(config: TrainConfig, corpus: CorpusReader) -> RowOptions:
@@ -125,6 +131,7 @@ def make_grid(config: TrainConfig, mesh: Mesh, plan: Plan, accumulate: int) -> G
         shards=batch_shards(mesh),
         pack=config.pack,
         tokens=config.batch_tokens,
+        fine=platform_of(mesh) == "gpu",
     )
 
 

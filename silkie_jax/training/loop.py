@@ -1,6 +1,7 @@
 """`silkie train`: from a configuration to a trained adapter or model, resuming where it was cut off."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -9,10 +10,12 @@ from silkie_jax.corpus import CorpusReader
 from silkie_jax.errors import UserError
 from silkie_jax.hardware.distributed import StopRequest, as_the_first_host, together
 from silkie_jax.hardware.kernel import sound_kernel
-from silkie_jax.hardware.mesh import make_mesh
+from silkie_jax.hardware.mesh import make_mesh, sharding_of
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.preference.batches import Batch, BatchSource
 from silkie_jax.preference.drift import RATIO, measure_drift
+from silkie_jax.scoring.features import find_features
+from silkie_jax.scoring.fingerprints import Tower, tower_checksums
 from silkie_jax.scoring.reference import identity
 from silkie_jax.scoring.store import find_reference
 from silkie_jax.training.benchmarks import Benchmarks
@@ -32,7 +35,7 @@ from silkie_jax.training.run_file import (
     save_contents,
 )
 from silkie_jax.training.start import Start
-from silkie_jax.training.trainer import Program, Trainer, load_policy, with_adapter_form
+from silkie_jax.training.trainer import Program, Trainer, kept_dtype, load_policy, with_adapter_form
 
 _DRIFT_OF = 4096  # instructions whose lengths are compared: more would not change what is said
 
@@ -64,11 +67,19 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
         check_contents(run, config, contents)
         data = open_data(config, mesh, corpus, tokenizer)
         benchmarks = Benchmarks(config, tokenizer, mesh, kernel)
+    tower = Tower(b"", b"")
+    if config.features == "precomputed":
+        with together():
+            options = kept_dtype(config), partial(sharding_of, mesh), config.quantize
+            tower = tower_checksums(config.model, config.dtype, *options)
+            data.use_features(find_features(config, corpus, tower.computed))
     policy = load_policy(config, mesh)
-    contents |= loaded_contents(config, policy)
+    contents |= loaded_contents(config, policy, tower.kept)
     with together():
         check_contents(run, config, contents)
-    depends = identity(config, policy, tokenizer, corpus) if config.reference == "precomputed" else None
+    depends = None
+    if config.reference == "precomputed":
+        depends = identity(config, policy, tokenizer, corpus, tower.computed)
     steps = config.steps or data.train.grid.plan.steps_of(config.epochs or 1)
     program = Program(config, policy.config, mesh, steps, policy)
     trainer = Trainer(program, program.start(policy))

@@ -27,10 +27,13 @@ def read_contents(corpus: CorpusReader, tokenizer: Tokenizer) -> Contents:
     return {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
 
 
-def loaded_contents(config: TrainConfig, policy: QwenVL) -> Contents:
-    """Fingerprints of the weights and the adapter that a run starts from; every process of several must call this."""
+def loaded_contents(config: TrainConfig, policy: QwenVL, tower: bytes = b"") -> Contents:
+    """Fingerprints of the weights and the adapter that a run starts from; every process of several must call this.
+
+    `tower` are the checksums of the vision tower where the run needs none.
+    """
     return {
-        "weights": weights_fingerprint(policy),
+        "weights": weights_fingerprint(policy, tower=tower),
         "adapter": adapter_fingerprint(policy) if config.adapter else None,
     }
 

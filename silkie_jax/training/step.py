@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from silkie_jax.models.qwen_vl.model import QwenVL
 from silkie_jax.nn.attention import PLAIN, Kernel
-from silkie_jax.preference.forward import block_wrapper, response_scores
+from silkie_jax.preference.forward import block_wrapper, image_features, response_scores
 from silkie_jax.preference.logprobs import branch_sums
 from silkie_jax.preference.losses import LOSSES, LossOptions, chosen_nll, make_pairs
 
@@ -142,8 +142,7 @@ class Step:
             response_scores, branches=branches, wrap=wrap, kernel=self.kernel, frozen_head=not self.head_trained
         )
         policy: QwenVL = nnx.merge(self.graph, trainable, frozen)
-        images = rows.get("images")
-        features = None if images is None else policy.encode_images(images, wrap, self.kernel)
+        features = image_features(policy, rows, wrap, self.kernel)
         scores = scores_of(policy, rows, features, adapter=True)
         logps = scores.logps
         if self.objective.reference is None:
@@ -157,8 +156,8 @@ class Step:
                 base_logps = scores_of(policy, rows, features, adapter=False).logps
             case _:
                 base = nnx.merge(self.graph, reference, frozen)
-                if self.vision_trained and images is not None:
-                    features = base.encode_images(images, wrap, self.kernel)
+                if self.vision_trained:
+                    features = image_features(base, rows, wrap, self.kernel)
                 base_logps = scores_of(base, rows, features, adapter=True).logps
         base_logps = jax.lax.stop_gradient(base_logps)
         tokens = branch_sums(jnp.ones(rows["labels"].shape), rows["label_branches"], branches)

@@ -5,7 +5,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,8 +21,8 @@ from silkie_jax.errors import UserError
 from silkie_jax.hardware.distributed import together
 from silkie_jax.hardware.kernel import attention_kernel
 from silkie_jax.hardware.mesh import batch_sharding, put, replicated, sharding_of
-from silkie_jax.models.qwen_vl.config import QwenVLConfig
-from silkie_jax.models.qwen_vl.model import QwenVL
+from silkie_jax.models.qwen_vl.config import IMAGE_TOKENS, QwenVLConfig
+from silkie_jax.models.qwen_vl.model import PARTS, QwenVL
 from silkie_jax.models.qwen_vl.names import leaves
 from silkie_jax.nn.lora import add_lora, linears
 from silkie_jax.preference.batches import Batch
@@ -115,7 +115,10 @@ class Program:
             "pairs": ((shape.pairs, 2), jnp.int32),
             "pair_mask": ((shape.pairs,), jnp.bool_),
         }
-        if shape.images:
+        if shape.images and self.config.features == "precomputed":
+            width = self.model_config.visual.output_dim
+            sizes["features"] = ((shape.images, IMAGE_TOKENS, width), jnp.dtype(self.config.dtype))
+        elif shape.images:
             sizes["images"] = ((shape.images, side, side, 3), jnp.uint8)
         if self.config.reference == "precomputed":
             sizes["reference_logps"] = ((shape.branches,), jnp.float32)
@@ -144,7 +147,9 @@ class Program:
             shape, axes = variable.shape, variable.get_metadata("axes")
             if len(axes) < len(shape):
                 axes = ("layers", *axes)
-            struct = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding_of(self.mesh, axes, shape))
+            struct = jax.ShapeDtypeStruct(
+                shape, _kept_as(variable, dtype), sharding=sharding_of(self.mesh, axes, shape)
+            )
             flat.append((path, variable.replace(struct)))
         return nnx.from_flat_state(flat)
 
@@ -220,15 +225,15 @@ def load_policy(config: TrainConfig, mesh: Mesh) -> QwenVL:
     Raises:
       UserError: the folders are not sound, or the adapter cannot learn.
     """
-    # Weights that will be trained must not lose what bfloat16 cannot hold.
-    whole = config.lora is None or config.train_vision != "none"
     with together():
         model = load_model(
             config.model,
             dtype=config.dtype,
             adapter=config.adapter,
             sharding_of=partial(sharding_of, mesh),
-            param_dtype="float32" if whole else config.dtype,
+            param_dtype=kept_dtype(config),
+            parts=parts_of(config),
+            quantize=config.quantize,
         )
     if config.lora and not config.adapter:
         _draw_lora(model, config)
@@ -238,11 +243,24 @@ def load_policy(config: TrainConfig, mesh: Mesh) -> QwenVL:
     return model
 
 
+def kept_dtype(config: TrainConfig) -> str:
+    """The type that weights are loaded in: those that will be trained must not lose what bfloat16 cannot hold."""
+    return "float32" if config.lora is None or config.train_vision != "none" else config.dtype
+
+
+def parts_of(config: TrainConfig) -> Sequence[str]:
+    """The parts of the model that a run needs: no vision tower where features are stored."""
+    return PARTS if config.features == "live" else ("language",)
+
+
 def blank_policy(config: TrainConfig, model_config: QwenVLConfig) -> QwenVL:
     """The policy without its arrays: shapes in their place."""
 
     def make() -> QwenVL:
-        model = QwenVL(model_config, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(0))
+        dtype = jnp.dtype(config.dtype)
+        model = QwenVL(model_config, dtype=dtype, parts=parts_of(config), rngs=nnx.Rngs(0))
+        if config.quantize:
+            model.quantize()
         _draw_lora(model, config)
         return model
 
@@ -262,6 +280,11 @@ def _draw_lora(model: QwenVL, config: TrainConfig) -> None:
 
 def _cast_and_place(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.device_put(array.astype(like.dtype), like.sharding)
+
+
+def _kept_as(x: Any, dtype: jnp.dtype) -> jnp.dtype:
+    """Codes stay codes."""
+    return dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
 
 
 def _with_sharding(x: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:

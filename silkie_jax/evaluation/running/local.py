@@ -36,6 +36,7 @@ class LocalModel:
     Args:
         path: a Hugging Face folder, or one made by `silkie convert`.
         adapter: a PEFT folder.
+        quantize: "int8": large weights in 8 bits; their fingerprint says so.
         asked: all that it will be asked, which decides the engine's context.
         mesh: sizes of data, fsdp and tensor.
         slots: replies generated together; None: what memory has room for.
@@ -52,6 +53,7 @@ class LocalModel:
         *,
         adapter: str | Path | None = None,
         dtype: str = "bfloat16",
+        quantize: str | None = None,
         mesh: tuple[int, int, int] = (-1, 1, 1),
         slots: int | None = None,
         batch_rows: int = 8,
@@ -61,7 +63,8 @@ class LocalModel:
         self.tokenizer = Tokenizer.from_folder(path)  # quick to fail, before gigabytes are read
         self._contexts = [context_of(self.tokenizer, questions) for questions in asked if not questions.by_likelihood]
         self.mesh = make_mesh(*mesh)
-        self._model = load_model(path, dtype=dtype, adapter=adapter, sharding_of=partial(sharding_of, self.mesh))
+        where = partial(sharding_of, self.mesh)
+        self._model = load_model(path, dtype=dtype, adapter=adapter, sharding_of=where, quantize=quantize)
         self._weights, self._adapter = weights_fingerprint(self._model), adapter_fingerprint(self._model)
         self.kernel = sound_kernel("auto", dtype, self.mesh, say=say)
 

@@ -28,6 +28,7 @@ class Model:
     path: str
     adapter: str | None = None
     dtype: str = "bfloat16"
+    quantize: str | None = None
     mesh: tuple[int, int, int] = (-1, 1, 1)
     slots: int | None = None
 
@@ -51,6 +52,7 @@ def answer_all(asker: Model | Endpoint, asked: Sequence[tuple[Questions, Path]],
             [questions for questions, _ in asked],
             adapter=asker.adapter,
             dtype=asker.dtype,
+            quantize=asker.quantize,
             mesh=asker.mesh,
             slots=asker.slots,
             say=say,

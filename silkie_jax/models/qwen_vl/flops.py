@@ -35,6 +35,7 @@ class Training:
     lora_rank: int | None  # None: the decoder's weights themselves
     lora_targets: tuple[str, ...] = ()
     train_vision: str = "none"
+    stored_features: bool = False  # of the images, so that no step encodes them
     live_reference: bool = False
     remat: str = "full"
     attention_again: bool = False  # `dots` keeps the outcome of the one-pass kernel only
@@ -45,7 +46,8 @@ def step_flops(config: QwenVLConfig, work: "Work", training: Training) -> StepFl
     decoder = decoder_forward(config, work)
     adapter = lora_forward(config, work.tokens, training.lora_rank, training.lora_targets)
     logits = 2.0 * work.labels * config.hidden_size * config.vocab_size
-    vision, resampler = vision_forward(config, work.images), resampler_forward(config, work.images)
+    images = 0 if training.stored_features else work.images
+    vision, resampler = vision_forward(config, images), resampler_forward(config, images)
     forward = decoder + adapter + logits + vision + resampler
     full = training.lora_rank is None
     # Gradients of activations cost as much as the forward pass, gradients of weights as much again.

@@ -10,6 +10,10 @@ from PIL import Image, UnidentifiedImageError
 from silkie_jax.errors import UserError
 from silkie_jax.image_limits import FORMATS, MAX_PIXELS
 
+IMAGE_FORM = "silkie-images-1"
+"""Names what becomes of an image file before the model sees it. Changes with it, so that features which were stored
+under an older form are recognised as such."""
+
 
 def read_image(
     source: str | Path | bytes, size: int, *, max_pixels: int = MAX_PIXELS, name: str | None = None

@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 from silkie_jax.models.qwen_vl.config import QwenVLConfig
 from silkie_jax.nn.attention import Attend, attention
 from silkie_jax.nn.kept import Keeper, Kept
-from silkie_jax.nn.lora import Linear
+from silkie_jax.nn.lora import Linear, linears
 from silkie_jax.nn.precision import precision
+from silkie_jax.nn.quantize import decode, encode_array
 from silkie_jax.nn.stack import scan, stack
 
 
@@ -183,9 +184,27 @@ class Decoder(nnx.Module):
         width = config.hidden_size
         init = nnx.initializers.normal(0.02)
         self.wte = nnx.Param(init(rngs.params(), (config.vocab_size, width), dtype), axes=("vocab", "embed"))
+        self.wte_scale = nnx.data(None)  # [vocab], where `wte` holds codes (nn/quantize.py)
         self.layers = stack(lambda rngs: Block(config, dtype, rngs), config.num_hidden_layers, rngs)
         self.ln_f = RMSNorm(width, config.layer_norm_epsilon, dtype)
         self.lm_head = Linear(width, (config.vocab_size,), ("vocab", "embed"), bias=False, dtype=dtype, rngs=rngs)
+
+    def embed(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T W"]:
+        """The vectors of tokens."""
+        if self.wte_scale is None:
+            return self.wte[...].astype(dtype)[tokens]
+        return decode(self.wte[...][tokens], self.wte_scale[...][tokens], dtype)
+
+    def quantize(self) -> None:
+        """Keeps the weights of the layers and the embeddings as codes.
+
+        Norms, biases and the head stay what they are: the first two are small, and the head would be decoded as a whole
+        on a GPU, so that nothing were gained.
+        """
+        for _, linear in linears(self.layers):
+            linear.quantize()
+        codes, scale = encode_array(self.wte[...])
+        self.wte, self.wte_scale = nnx.Param(codes, axes=self.wte.axes), nnx.Param(scale, axes=self.wte.axes[:-1])
 
     def __call__(
         self,

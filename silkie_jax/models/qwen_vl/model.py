@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,14 @@ from silkie_jax.models.qwen_vl.vision import VisionTower
 from silkie_jax.nn.attention import PADDING, PLAIN, PROMPT, Kernel
 from silkie_jax.nn.stack import unstack
 
+PARTS = ("visual", "language")  # a model may lack one: who has an image's features needs no tower, and the reverse
+
 
 class QwenVL(nnx.Module):
     """Qwen-VL with the vision tower, its resampler and the Qwen-7B decoder.
 
-    Computes in `dtype`; parameters are kept in `param_dtype` (default: the same) and cast where they are used.
-    Build it from a checkpoint with `silkie_jax.load`.
+    Computes in `dtype`; parameters are kept in `param_dtype` (default: the same) and cast where they are used. Only
+    `parts` of it are there, by default both. Build it from a checkpoint with `silkie_jax.load`.
     """
 
     def __init__(
@@ -31,13 +34,22 @@ class QwenVL(nnx.Module):
         *,
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype | None = None,
+        parts: Sequence[str] = PARTS,
         rngs: nnx.Rngs,
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         kind = jnp.dtype(param_dtype or dtype)
-        self.visual = VisionTower(config.visual, dtype=kind, rngs=rngs)
-        self.language = Decoder(config, dtype=kind, rngs=rngs)
+        tower: Any = VisionTower(config.visual, dtype=kind, rngs=rngs) if "visual" in parts else None
+        decoder: Any = Decoder(config, dtype=kind, rngs=rngs) if "language" in parts else None
+        self.visual: VisionTower = nnx.data(tower)
+        self.language: Decoder = nnx.data(decoder)
+
+    def quantize(self) -> None:
+        """Keeps the large weights of decoder and tower in 8 bits, in place; adapters are trained as before."""
+        for part in (self.visual, self.language):
+            if part is not None:
+                part.quantize()
 
     def __call__(
         self,
@@ -88,7 +100,7 @@ class QwenVL(nnx.Module):
         with fewer than M images are padded at the end): then no row needs another's images, which is what a sharded
         batch wants.
         """
-        x = self.language.wte[...].astype(self.dtype)[tokens]
+        x = self.language.embed(tokens, self.dtype)
         if features is None:
             return x
         starts = tokens == self.config.image_start
@@ -102,7 +114,7 @@ class QwenVL(nnx.Module):
         self, tokens: Int[Array, "B T"], pool: Float[Array, "F W"], places: Int[Array, "B T"]
     ) -> Float[Array, "B T W"]:
         """Token embeddings, but row `places` of a pool of features where that is not negative (`feature_places`)."""
-        x = self.language.wte[...].astype(self.dtype)[tokens]
+        x = self.language.embed(tokens, self.dtype)
         return jnp.where((places >= 0)[..., None], pool[jnp.maximum(places, 0)].astype(x.dtype), x)
 
     def hidden(

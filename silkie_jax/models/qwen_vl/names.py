@@ -6,13 +6,13 @@ tensors one after another: conversion reshapes and never permutes.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax.numpy as jnp
 from flax import nnx
 
 from silkie_jax.models.qwen_vl.config import IMAGE_TOKENS, QwenVLConfig
-from silkie_jax.models.qwen_vl.model import QwenVL
+from silkie_jax.models.qwen_vl.model import PARTS, QwenVL
 
 # Ours, theirs ({} is the layer's number), their shape in the letters of `_sizes`; in the official order.
 TABLE = [
@@ -115,9 +115,23 @@ def _sizes(config: QwenVLConfig) -> dict[str, int]:
     }
 
 
-def abstract_model(config: QwenVLConfig, **types: jnp.dtype) -> QwenVL:
-    """The model with shapes in place of arrays."""
-    return nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0), **types))
+def abstract_model(
+    config: QwenVLConfig, parts: Sequence[str] = PARTS, quantize: str | None = None, **types: jnp.dtype
+) -> QwenVL:
+    """The model, or some of its parts, with shapes in place of arrays; `quantize` as in nn/quantize.py."""
+
+    def make() -> QwenVL:
+        model = QwenVL(config, rngs=nnx.Rngs(0), parts=parts, **types)
+        if quantize:
+            model.quantize()
+        return model
+
+    return nnx.eval_shape(make)
+
+
+def scale_path(path: str) -> str:
+    """Where the scales of a leaf lie in a model that keeps its codes."""
+    return f"{path}_scale" if path == "language.wte" else path.removesuffix("weight") + "scale"
 
 
 def leaves(config: QwenVLConfig) -> dict[str, Leaf]:

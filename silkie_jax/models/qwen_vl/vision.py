@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, UInt8
 
 from silkie_jax.models.qwen_vl.config import IMAGE_TOKENS, VisionConfig
 from silkie_jax.nn.attention import Attend, attention
-from silkie_jax.nn.lora import Linear
+from silkie_jax.nn.lora import Linear, linears
 from silkie_jax.nn.precision import precision
 from silkie_jax.nn.stack import scan, stack
 
@@ -139,6 +139,11 @@ class VisionTower(nnx.Module):
         self.attn_pool = Resampler(config, dtype, rngs)
         self.ln_post = LayerNorm(dim, dtype)
         self.proj = nnx.Param(init(rngs.params(), (dim, dim), dtype), axes=("embed", "heads"))
+
+    def quantize(self) -> None:
+        """Keeps the weights of the layers as codes (nn/quantize.py); the resampler, a ninth of the tower, stays."""
+        for _, linear in linears(self.layers):
+            linear.quantize()
 
     def __call__(
         self,
