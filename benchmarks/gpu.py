@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # Of the step: configs/silkie-1x80gb.yaml's batch with both kernels, the peers, and then one change at a time.
 STEP = ["--remat", "dots", "--batch-rows", "8", "--attention", "flash", "--steps", "5", "--warmup", "2"]
 STEP += ["--limit", "170", "--peer-pairs", "8", "--peer", "trl", "tricks"]
-STEP += ["--also", "attention=cudnn", "batch_rows=14", "tokens=960,batch_rows=14", "reference=adapter_off"]
-STEP += ["remat=none,batch_rows=4", "remat=full,batch_rows=14", "attention=plain"]
+STEP += ["--also", "batch_rows=14", "features=precomputed,batch_rows=14", "features=precomputed,batch_rows=32"]
+STEP += ["tokens=1024,batch_rows=14", "quantize=int8,batch_rows=14", "attention=cudnn", "reference=adapter_off"]
+STEP += ["remat=full,features=precomputed,batch_rows=1", "remat=none,batch_rows=4", "attention=plain"]
 # Script, its options, and the share of the minutes that it may take at most.
 PARTS: dict[str, tuple[str, list[str], float]] = {
     "attention": ("benchmarks.attention", ["--lengths", "1024", "2048"], 0.25),

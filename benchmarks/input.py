@@ -1,10 +1,11 @@
 """The input pipeline against Pillow alone: rows with their images, a second, on the same cores.
 
-    python -m benchmarks.input [--rows 512] [--workers 2] [--side 448] [--out results]
+    python -m benchmarks.input [--rows 512] [--workers 2] [--side 448] [--width 4096] [--out results]
 
 The baseline opens the same JPEG bytes, decodes, converts and resizes them with Pillow in as many threads, and does
 nothing else. The pipeline also reads records and rows from disk, makes prompt and four responses of them, pads and
-collates. (Rows are laid out once, before the first epoch; what that takes is printed, too.)
+collates. (Rows are laid out once, before the first epoch; what that takes is printed, too.) The third line is the same
+pipeline with stored features [256, width] in bfloat16 in the place of pixels, from a disk that has them in its cache.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ from silkie_jax.preference.batches import BatchSource, RowOptions
 from silkie_jax.preference.grid import Grid
 from silkie_jax.preference.layout import lay_out
 from silkie_jax.preference.plan import Plan
+from silkie_jax.scoring.features import FeatureStore, first_places
 
 WORDS = (
     "the",
@@ -79,6 +82,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--side", type=int, default=448)
+    parser.add_argument("--width", type=int, default=4096, help="of stored features")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", help="a file, or `results` for benchmarks/results")
     args = parser.parse_args()
@@ -91,28 +95,35 @@ def main() -> None:
         once = (time.perf_counter() - began) / args.rows
         grid = Grid(Plan(layout.sizes, args.batch), rows=args.batch)
         everything = np.arange(args.rows)
-        source = BatchSource(corpus, everything, grid, tokenizer, options, image_size=args.side, layout=layout)
+        make = partial(BatchSource, corpus, everything, grid, tokenizer, options, image_size=args.side, layout=layout)
+        store = FeatureStore(corpus.path, {"of": "a benchmark"}, list(first_places(corpus)), args.width, "bfloat16")
+        for part in range(store.parts):
+            store.write(part, np.zeros((len(store.range(part)), *store.shape), store.dtype))
+        sources = {"pipeline": make(), "pipeline with stored features": make(features=store.read())}
         images = [record.images[0] for record in corpus]
 
         def pillow(data: bytes) -> np.ndarray:
             opened = Image.open(io.BytesIO(data)).convert("RGB")
             return np.asarray(opened.resize((args.side, args.side), Image.Resampling.BICUBIC))
 
-        rates: dict[str, list[float]] = {"Pillow alone": [], "pipeline": []}
+        rates: dict[str, list[float]] = {"Pillow alone": [], **{name: [] for name in sources}}
         for _ in range(args.turns):
             began = time.perf_counter()
             with ThreadPoolExecutor(args.workers) as pool:
                 for _ in pool.map(pillow, images):
                     pass
             rates["Pillow alone"].append(args.rows / (time.perf_counter() - began))
-            began = time.perf_counter()
-            for _ in source.iterate(0, source.steps_per_epoch, args.workers):
-                pass
-            rates["pipeline"].append(args.rows / (time.perf_counter() - began))
+            for name, source in sources.items():
+                began = time.perf_counter()
+                for _ in source.iterate(0, source.steps_per_epoch, args.workers):
+                    pass
+                rates[name].append(args.rows / (time.perf_counter() - began))
     pairs = zip(rates["pipeline"], rates["Pillow alone"], strict=True)
     ratio = statistics.median(ours / theirs for ours, theirs in pairs)
     lines = [f"{args.rows} JPEGs of 640x480 to {args.side}x{args.side}, {args.workers} threads", ""]
     lines += [f"- {name}: {statistics.median(found):.0f} a second" for name, found in rates.items()]
+    megabytes, rate = store.nbytes(1) / 1e6, statistics.median(rates["pipeline with stored features"])
+    lines += [f"- a row's features: {megabytes:.2f} MB, together {megabytes * rate:.0f} MB/s"]
     lines += [f"- ratio, pipeline / Pillow: {ratio:.2f}", f"- laying out a row, once: {1e3 * once:.2f} ms"]
     keep("input", "\n".join(lines), args.out)
 

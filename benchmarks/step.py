@@ -39,6 +39,8 @@ VARIED: dict[str, list[str]] = {
     "remat": ["full", "dots", "none"],
     "reference": ["precomputed"],
     "attention": ["auto"],
+    "features": ["live"],
+    "quantize": ["null"],
     "tokens": ["null"],
 }
 KEYS = list(VARIED)
@@ -89,6 +91,10 @@ def random_state(program: Any) -> Any:
     def draw(path: tuple, struct: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
         if path[-1] in ("bias", "lora_b"):
             return jnp.zeros(struct.shape, struct.dtype)
+        if struct.dtype == jnp.int8:
+            return jax.random.randint(key, struct.shape, -127, 128, jnp.int8)
+        if path[-1] in ("scale", "wte_scale"):  # of codes that are 73 in the mean square
+            return jnp.full(struct.shape, 0.02 / 73, struct.dtype)
         if any(str(part).startswith("ln_") for part in path):
             return jnp.ones(struct.shape, struct.dtype)
         return 0.02 * jax.random.normal(key, struct.shape, struct.dtype)
@@ -109,8 +115,16 @@ def random_state(program: Any) -> Any:
     return program.start(nnx.merge(program.graph, filled(shapes.trainable, 0), filled(shapes.frozen, 1)))
 
 
-def make_batch(config: Any, train: TrainConfig, tokens: int | None) -> tuple[dict[str, np.ndarray], Any, Any]:
-    """(arrays [A, B, ...], shape, work) of one step. `tokens` replaces the length that rows are padded to."""
+def make_batch(
+    config: Any, train: TrainConfig, tokens: int | None, fine: bool = False
+) -> tuple[dict[str, np.ndarray], Any, Any]:
+    """(arrays [A, B, ...], shape, work) of one step. `tokens` replaces the length that rows are padded to.
+
+    Stored features are zeros, so that losses with them are another row's.
+    """
+    import jax.numpy as jnp
+
+    from silkie_jax.models.qwen_vl.config import IMAGE_TOKENS
     from silkie_jax.preference.batches import collate
     from silkie_jax.preference.grid import make_shape
     from silkie_jax.preference.layout import row_sizes
@@ -118,13 +132,16 @@ def make_batch(config: Any, train: TrainConfig, tokens: int | None) -> tuple[dic
     count = train.batch_rows * train.accumulate
     made = make_instructions(config, count)
     rows = [instruction.row(list(range(RESPONSES))) for instruction in made]
-    shape = make_shape(train.accumulate, train.batch_rows, [np.array(row_sizes(row)) for row in rows])
+    shape = make_shape(train.accumulate, train.batch_rows, [np.array(row_sizes(row)) for row in rows], fine)
     if tokens:
         if tokens < len(rows[0].tokens):
             raise UserError(f"--tokens {tokens}: a row has {len(rows[0].tokens)}")
         shape = shape._replace(tokens=tokens)
     flat = collate([[row] for row in rows], shape, config.end_of_text)
-    flat["images"] = np.stack([instruction.image for instruction in made])[:, None]
+    if train.features == "precomputed":
+        flat["features"] = np.zeros((count, 1, IMAGE_TOKENS, config.visual.output_dim), jnp.dtype(train.dtype))
+    else:
+        flat["images"] = np.stack([instruction.image for instruction in made])[:, None]
     if train.reference == "precomputed":
         flat["reference_logps"] = np.zeros((count, shape.branches), np.float32)
     arrays = {k: v.reshape(train.accumulate, train.batch_rows, *v.shape[1:]) for k, v in flat.items()}
@@ -147,7 +164,7 @@ def measure(options: dict[str, Any]) -> turns.Measured:
 
     from silkie_jax.hardware.chips import find_chip
     from silkie_jax.hardware.kernel import sound_kernel
-    from silkie_jax.hardware.mesh import batch_shards, make_mesh
+    from silkie_jax.hardware.mesh import batch_shards, make_mesh, platform_of
     from silkie_jax.models.qwen_vl.flops import step_flops
     from silkie_jax.training.config import training_of
     from silkie_jax.training.trainer import Program, put
@@ -166,7 +183,7 @@ def measure(options: dict[str, Any]) -> turns.Measured:
         note = f"{kernel} attention"
         train = dataclasses.replace(train, attention=kernel)
     program = Program(train, config, mesh, steps=1000)
-    arrays, shape, work = make_batch(config, train, options["tokens"])
+    arrays, shape, work = make_batch(config, train, options["tokens"], platform_of(mesh) == "gpu")
     began = time.perf_counter()
     compiled = program.lower(shape).compile()
     compile_seconds = time.perf_counter() - began

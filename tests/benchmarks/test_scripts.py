@@ -69,9 +69,10 @@ def test_what_runs_on_a_gpu_needs_jax_and_flax_alone(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(WITHOUT)
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "XLA_FLAGS": ""}
     small = ["--size", "tiny", "--batch-rows", "1", "--remat", "dots", "--attention", "plain", "--steps", "1"]
+    cheap = "features=precomputed,quantize=int8"
     commands = {
         "attention": ["benchmarks.attention", "--size", "tiny", "--lengths", "64", "--rows", "1", "--steps", "1"],
-        "step": ["benchmarks.step", *small, "--warmup", "1", "--turns", "1"],
+        "step": ["benchmarks.step", *small, "--warmup", "1", "--turns", "1", "--also", cheap],
         "logprobs": ["benchmarks.gpu", "--size", "tiny", "--parts", "logprobs", "--out", str(tmp_path)],
         "peers": ["benchmarks.peer_torch", "--help"],
     }
@@ -100,8 +101,9 @@ def test_attention(run):
 
 @pytest.mark.slow
 def test_input(run):
-    printed = run(input, "--rows", "16", "--side", "28", "--turns", "1")
+    printed = run(input, "--rows", "16", "--side", "28", "--width", "64", "--turns", "1")
     assert "ratio, pipeline / Pillow" in printed
+    assert "a row's features: 0.03 MB" in printed
 
 
 @pytest.mark.slow
