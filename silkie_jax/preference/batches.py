@@ -30,8 +30,11 @@ ReferenceLogps = Callable[[int, Sequence[int]], Float[np.ndarray, "K"]]
 class Features(Protocol):
     """From an image file's bytes to its stored features, of one shape and type."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
 
     def __call__(self, image: bytes) -> Float[np.ndarray, "256 W"]: ...
 

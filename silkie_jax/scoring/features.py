@@ -118,8 +118,9 @@ def compute_features(config: Settings) -> Path:
     with together():
         corpus = CorpusReader(config.corpus)
         where = partial(sharding_of, mesh)
-        options = {"parts": ("visual",), "quantize": config.quantize}
-        model = load_model(config.model, dtype=config.dtype, sharding_of=where, **options)
+        model = load_model(
+            config.model, dtype=config.dtype, sharding_of=where, parts=("visual",), quantize=config.quantize
+        )
         found = first_places(corpus)
     store = feature_store(config, corpus, checksums(model, jnp.dtype(config.dtype)), list(found))
     missing = missing_parts(store)

@@ -18,7 +18,10 @@ from silkie_jax.models.qwen_vl.vision import VisionTower
 from silkie_jax.nn.attention import PADDING, PLAIN, PROMPT, Kernel
 from silkie_jax.nn.stack import unstack
 
-PARTS = ("visual", "language")  # a model may lack one: who has an image's features needs no tower, and the reverse
+PARTS: tuple[str, ...] = (
+    "visual",
+    "language",
+)  # a model may lack one: who has an image's features needs no tower, and the reverse
 
 
 class QwenVL(nnx.Module):
