@@ -48,6 +48,16 @@ def add_verbs(add: Add) -> None:
     _add_options(p)
 
     p = add(
+        "synthesize",
+        _synthesize,
+        "Let a teacher write descriptions, questions and answers for the images of a run.",
+        "silkie corpus synthesize runs/allava --teacher configs/teachers/allava.yaml --budget 50USD",
+    )
+    p.add_argument("run_dir", metavar="RUN", help="the run, made by `silkie corpus instructions`")
+    p.add_argument("--teacher", required=True, metavar="FILE.yaml", help="a model, its endpoint, and how it is asked")
+    _add_options(p)
+
+    p = add(
         "build",
         _build,
         "Turn a run's responses and ratings into a corpus; costs nothing.",
@@ -148,6 +158,12 @@ def _rate(args: argparse.Namespace) -> None:
     from data_prep.judging.rate import rate
 
     print(rate(args.run_dir, args.judge, _options(args), allow_missing=args.allow_missing).table())
+
+
+def _synthesize(args: argparse.Namespace) -> None:
+    from data_prep.synthesize import synthesize
+
+    print(synthesize(args.run_dir, args.teacher, _options(args)).table())
 
 
 def _options(args: argparse.Namespace):

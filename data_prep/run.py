@@ -9,9 +9,10 @@ from typing import Any
 from silkie_jax.endpoints.store import RunStore, to_json
 from silkie_jax.errors import UserError
 
-RESPOND, RATE = "respond", "rate"
-"""The two stages of a run. A response's `slot` is its place, its `arrangement` names the models that step in should it
-fail; a rating's `slot` is the number of the order, its `arrangement` the slots of the responses as shown."""
+RESPOND, RATE, SYNTHESIZE = "respond", "rate", "synthesize"
+"""The stages of a run, by the names of their verbs. A response's `slot` is its place, its `arrangement` names the
+models that step in should it fail; a rating's `slot` is the number of the order, its `arrangement` the slots of the
+responses as shown."""
 _CHUNK = 256  # instructions read at a time
 
 
@@ -64,12 +65,24 @@ class JudgeReply:
 
 
 @dataclass(frozen=True)
+class TeacherReply:
+    """One settled request to a teacher; fields as a judge's."""
+
+    teacher: str
+    text: str
+    outcome: str
+    finish_reason: str
+    model: str
+
+
+@dataclass(frozen=True)
 class Gathered:
-    """All there is of an instruction: responses by slot, replies by judge and order."""
+    """All there is of an instruction: responses by slot, replies by judge and order, those of a teacher."""
 
     instruction: Instruction
     responses: tuple[StoredResponse, ...]
     replies: tuple[JudgeReply, ...]
+    syntheses: tuple[TeacherReply, ...] = ()
 
 
 class Run(RunStore):
@@ -163,9 +176,19 @@ CREATE TABLE instructions (
             (RATE, *between),
         ):
             replies.setdefault(number, []).append(JudgeReply(judge, order, tuple(json.loads(arrangement)), *values))
+        syntheses: dict[int, list[TeacherReply]] = {}
+        for number, *values in self.db.execute(
+            "SELECT r.instruction, r.agent, coalesce(a.text, ''), a.outcome, coalesce(a.finish_reason, ''), "
+            "coalesce(a.model, '') FROM requests r JOIN attempts a ON a.id = r.attempt "
+            "WHERE r.stage = ? AND r.state IN ('ok', 'failed') AND r.instruction BETWEEN ? AND ? ORDER BY 1, 2",
+            (SYNTHESIZE, *between),
+        ):
+            syntheses.setdefault(number, []).append(TeacherReply(*values))
         for instruction in chunk:
             of = instruction.number
-            yield Gathered(instruction, tuple(responses.get(of, ())), tuple(replies.get(of, ())))
+            yield Gathered(
+                instruction, tuple(responses.get(of, ())), tuple(replies.get(of, ())), tuple(syntheses.get(of, ()))
+            )
 
 
 def _to_row(number: int, instruction: Instruction) -> tuple[Any, ...]:

@@ -40,12 +40,14 @@ ALLOWED = {
 # The rooms of data_prep -> the others of it that each may import; `run` is what all of them fill and read.
 ROOMS = {
     "run": set(),
+    "replies": set(),
     "tables": set(),
     "instructions": {"tables", "run"},
     "respond": {"instructions", "tables", "run"},
-    "judging": {"instructions", "tables", "run"},
-    "corpora": {"judging", "instructions", "tables", "run"},
-    "cli": {"corpora", "judging", "respond", "instructions", "tables", "run"},
+    "synthesize": {"replies", "instructions", "tables", "run"},
+    "judging": {"replies", "instructions", "tables", "run"},
+    "corpora": {"synthesize", "judging", "replies", "instructions", "tables", "run"},
+    "cli": {"corpora", "synthesize", "judging", "respond", "replies", "instructions", "tables", "run"},
 }
 
 

@@ -100,15 +100,15 @@ def build(
         total = _check(opened, readings, partial)
         held_out = _hold_out(opened, evaluation_fraction, seed) if evaluation is not None else frozenset()
         spending = _spending(opened, {name for one in readings.values() for name in one.asked})
+        teacher = opened.settings("teacher")
     shards = math.ceil(total / _PER_SHARD) if shards is None else min(shards, total)
-    job = BuildJob(str(run), str(dst), name, shards, total, counted, held_out)
+    job = BuildJob(str(run), str(dst), name, shards, total, counted, held_out, teacher=teacher)
     workers = workers or min(os.cpu_count() or 1, max(1, shards // _SHARDS_A_PROCESS))
     everywhere = _Side(runner, workers, beam_options or [], progress, spending)
     if evaluation is not None:
         others = frozenset(range(1, total + 1)) - held_out
-        _build_one(
-            BuildJob(job.run, str(evaluation), name, min(shards, len(held_out)), total, job.judges, others), everywhere
-        )
+        fewer = min(shards, len(held_out))
+        _build_one(replace(job, dst=str(evaluation), shards=fewer, excluded=others), everywhere)
     return _build_one(job, everywhere)
 
 
@@ -269,7 +269,7 @@ def _check(run: Run, judges: dict[str, Reading], partial: bool) -> int:
                 f"{run.path}: {count} requests of `silkie corpus {stage}` are still open: finish them first, "
                 "or build what there is with --partial"
             )
-    if not judges and not partial:
+    if not judges and not partial and not (run.settings("teacher") and not run.settings("pool")):
         raise UserError(f"{run.path} has no ratings yet: run `silkie corpus rate`, or build without with --partial")
     return total
 

@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from data_prep.corpora.synthesized import samples, syntheses_of
 from data_prep.judging.aggregate import judgements_of, to_record
 from data_prep.judging.kinds import reading
 from data_prep.run import Gathered, Instruction, Run
+from data_prep.synthesize import Teacher
 from data_prep.tables.rejections import Rejection
 from data_prep.tables.summary import counts_of, pairs_by_rule
 from silkie_jax.corpus.schema import Record
 from silkie_jax.corpus.shards import FORMAT, CorpusBuilder, Entry
+from silkie_jax.yaml_files import make
 
 VERSION = 2  # of the way replies become records; a resumed build keeps no shard that another version made
 
@@ -28,6 +31,7 @@ class BuildJob:
         shards: how many.
         total: instructions of the run.
         judges: judge -> what its ratings depend on (`kinds.kept_of`); replies of other judges do not count.
+        teacher: what the run keeps of its teacher, if it has one.
         excluded: numbers of instructions that belong to another corpus.
         snapshot: of the run's database, where it cannot be read itself: by other hosts (see `RunStore.snapshot`).
     """
@@ -40,10 +44,12 @@ class BuildJob:
     judges: dict[str, dict[str, Any]]
     excluded: frozenset[int] = frozenset()
     snapshot: str | None = None
+    teacher: dict[str, Any] | None = None
 
     @property
     def settings(self) -> str:
-        return json.dumps([VERSION, FORMAT, self.name, self.judges])
+        taught = [{key: self.teacher[key] for key in ("name", "form", "captions", "seed")}] if self.teacher else []
+        return json.dumps([VERSION, FORMAT, self.name, self.judges, *taught])
 
     def make(self, number: int) -> Entry:
         """Makes a shard, unless an earlier run did."""
@@ -74,7 +80,7 @@ class BuildJob:
         for gathered in run.gathered(first, last):
             if gathered.instruction.number not in self.excluded:
                 replies = tuple(reply for reply in gathered.replies if reply.judge in asked)
-                yield Gathered(gathered.instruction, gathered.responses, replies)
+                yield Gathered(gathered.instruction, gathered.responses, replies, gathered.syntheses)
 
     def _records(self, run: Run, number: int, digest: Any, notes: dict[str, Any]) -> Iterator[Record]:
         """The records of a shard, one at a time; feeds `digest` as `key` does, and fills `notes` at the end."""
@@ -83,10 +89,26 @@ class BuildJob:
         pair_counts: Counter[str] = Counter()
         kinds: dict[str, Counter[str]] = {judge: Counter() for judge in judges}
         rejections: list[dict[str, Any]] = []
+        teacher = make(self.teacher, Teacher, "the run's teacher") if self.teacher else None
         for gathered in self._gathered(run, *self._range(number)):
             digest.update(_content(gathered))
-            counts["rows"] += 1
             instruction = gathered.instruction
+            if teacher and gathered.syntheses:
+                images = [run.image(image) for image in instruction.images]
+                for synthesis in syntheses_of(gathered, teacher):
+                    if synthesis.kind != "complete":
+                        counts["rows"] += 1
+                        why = f"{teacher.name} ({synthesis.kind}): {synthesis.note}"
+                        rejections.append(_rejection(instruction, "row", "reply not complete", why))
+                        continue
+                    for record in samples(gathered, teacher, synthesis, images):
+                        counts["rows"] += 1
+                        counts.update(counts_of(record))
+                        pair_counts.update(pairs_by_rule(record))
+                        yield _Record(**vars(record), image_hashes=instruction.images)
+                if not gathered.responses:
+                    continue
+            counts["rows"] += 1
             if not gathered.responses:
                 rejections.append(_rejection(instruction, "row", "no usable response", "no model gave one"))
                 continue
@@ -123,6 +145,7 @@ class _Record(Record):
 def _content(gathered: Gathered) -> bytes:
     """What a record depends on, as bytes: images by their hashes."""
     parts = [vars(gathered.instruction), [vars(r) for r in gathered.responses], [vars(r) for r in gathered.replies]]
+    parts += [[vars(r) for r in gathered.syntheses]] if gathered.syntheses else []
     return _encoder.encode(parts).encode()
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import unicodedata
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Literal
 import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
+from data_prep.replies import straight
 from data_prep.tables.fields import check_scale
 from silkie_jax.errors import UserError
 from silkie_jax.yaml_files import load_yaml
@@ -256,13 +256,6 @@ def plain(name: str) -> str:
         word for word in words if word not in ("assessment", "assessments", "evaluation", "rating", "ratings", "score")
     ]
     return "".join(kept if kept[:1] != ["of"] else kept[1:])
-
-
-def straight(words: str) -> str:
-    """Full-width and other compatibility forms, and curly apostrophes, as plain ones."""
-    if words.isascii():
-        return words
-    return unicodedata.normalize("NFKC", words).replace("’", "'").replace("−", "-").replace("\u200b", "")
 
 
 def _object(properties: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ asked for again, an invented one is never found out.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,12 +17,12 @@ from data_prep.judging.ratings.json_form import read_json
 from data_prep.judging.ratings.text_form import read_text
 from data_prep.judging.ratings.verdict import read_verdict
 from data_prep.judging.ratings.words import rating_in
-from data_prep.judging.rubric import Rubric, straight
+from data_prep.judging.rubric import Rubric
+from data_prep.replies import MAX_REPLY, declines, without_thoughts
 
 __all__ = ["Kind", "ParsedReply", "parse", "rating_in"]
 
 Kind = Literal["complete", "missing", "refusal", "truncated", "unparsable"]
-MAX_REPLY = 1_000_000  # characters; a judge's longest reply has some thousand
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def parse(
         finish_reason: as the server gave it; "length" and "content_filter" matter.
         refusal: the message's `refusal` field.
     """
-    reply = _answer(reply if isinstance(reply, str) else "")
+    reply = without_thoughts(reply if isinstance(reply, str) else "")
     cut = finish_reason == "length"
     if rubric.verdict:
         return _verdict(reply, rubric, texts, cut, finish_reason, refusal)
@@ -99,7 +98,7 @@ def _verdict(
         reasons = {name: [reason if text == best else "" for text in range(texts)]}
         return ParsedReply("complete", ratings, reasons)
     kind: Kind
-    if refusal or finish_reason == "content_filter" or _REFUSAL.match(straight(reply)):
+    if refusal or finish_reason == "content_filter" or declines(reply):
         kind, note = "refusal", " ".join((refusal or reply or "the server's content filter").split())[:300]
     elif cut:
         kind, note = "truncated", "the reply reached the limit of tokens before its verdict"
@@ -107,15 +106,6 @@ def _verdict(
         kind, note = "unparsable", f"there is no whole [[1]] to [[{texts}]] at its end" if reply.strip() else _EMPTY
     nothing: dict[str, list[float]] = {name: [math.nan] * texts}
     return ParsedReply(kind, nothing, {name: [""] * texts}, [(name, text) for text in range(texts)], note)
-
-
-def _answer(reply: str) -> str:
-    """A reply without the thoughts that a reasoning model shows before it: ratings there are drafts."""
-    return _THOUGHTS.sub("", reply, count=1) if "think>" in reply and len(reply) <= MAX_REPLY else reply
-
-
-# Some templates begin the thoughts in the prompt, so that only their end is seen, on a line of its own.
-_THOUGHTS = re.compile(r"\A\s*<think>.*?(?:</think>|\Z)|\A.*^[ \t]*</think>[ \t]*$", re.DOTALL | re.MULTILINE)
 
 
 def _kind(
@@ -140,7 +130,7 @@ def _kind(
         first = ", ".join(f"{aspect} of text {text + 1}" for aspect, text in missing[:3])
         more = ", ..." if missing[3:] else ""
         return "missing", f"{len(missing)} ratings are absent, unclear or off the scale: {first}{more}"
-    if _REFUSAL.match(straight(reply)):
+    if declines(reply):
         return "refusal", " ".join(reply.split())[:300]
     if found.any and not missing:
         return "refusal", "every rating is N/A"
@@ -148,11 +138,3 @@ def _kind(
 
 
 _EMPTY = "the reply is empty"
-
-# A reply that begins like this, and rates nothing, declines.
-_REFUSAL = re.compile(
-    r"\W*(?:(?:i'?m|i am|we'?re|we are) (?:very |so |really )?(?:sorry|unable|not able|afraid)|sorry\b|apolog"
-    r"|my apologies|i apologi[sz]e|(?:unfortunately,? )?(?:i|we) (?:can ?not|can'?t|won'?t|will not|must decline)"
-    r"|as an ai\b|this (?:request|content|image) (?:violates|may violate)|(?:很|非常)?抱歉|对不起)",
-    re.IGNORECASE,
-)

@@ -9,7 +9,8 @@ from typing import Any
 from data_prep.judging.ratings.found import Found
 from data_prep.judging.ratings.text_form import TEXT
 from data_prep.judging.ratings.words import DECLINED, MARKS
-from data_prep.judging.rubric import plain, straight
+from data_prep.judging.rubric import plain
+from data_prep.replies import straight
 
 _ASPECT_KEYS = ("aspect", "criterion", "dimension", "attribute", "category")
 _TEXT_KEYS = ("text", "textid", "textnumber", "id", "index", "response", "responseid", "output", "number")

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from data_prep.judging.ratings.found import Found
 from data_prep.judging.ratings.words import MARKS
-from data_prep.judging.rubric import plain, straight
+from data_prep.judging.rubric import plain
+from data_prep.replies import straight
 
 _BULLET = re.compile(r"^(?:\s|>|[-*+•](?=\s))*(?:\(?\d{1,2}[.)](?=\s)\s*)?(?:[A-Za-z][.)](?=\s)\s*)?")
 TEXT = re.compile(

@@ -6,7 +6,7 @@ within it do not matter, and a mark that is cut off (`[[1`) is none: such a repl
 
 import re
 
-from data_prep.judging.rubric import straight
+from data_prep.replies import straight
 
 _MARK = re.compile(r"\[\[\s*(\d{1,6})\s*\]\]")
 

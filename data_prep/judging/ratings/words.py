@@ -4,7 +4,7 @@ import math
 import re
 from functools import lru_cache
 
-from data_prep.judging.rubric import straight
+from data_prep.replies import straight
 
 DECLINED = math.inf
 """What `rating_in` says of an explicit N/A."""
