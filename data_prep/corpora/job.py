@@ -9,7 +9,7 @@ from typing import Any
 
 from data_prep.corpora.synthesized import samples, syntheses_of
 from data_prep.judging.aggregate import judgements_of, to_record
-from data_prep.judging.kinds import reading
+from data_prep.judging.kinds import in_scope, reading
 from data_prep.run import Gathered, Instruction, Run
 from data_prep.synthesize import Teacher
 from data_prep.tables.rejections import Rejection
@@ -112,8 +112,9 @@ class BuildJob:
             if not gathered.responses:
                 rejections.append(_rejection(instruction, "row", "no usable response", "no model gave one"))
                 continue
-            judgements = judgements_of(gathered, judges)
-            record = to_record(gathered, judges, judgements, [run.image(image) for image in instruction.images])
+            mine = {judge: one for judge, one in judges.items() if in_scope(self.judges[judge], instruction)}
+            judgements = judgements_of(gathered, mine)
+            record = to_record(gathered, mine, judgements, [run.image(image) for image in instruction.images])
             for judgement in judgements:
                 kinds[judgement.judge][judgement.kind] += 1
                 if judgement.kind != "complete":

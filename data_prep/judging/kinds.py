@@ -8,20 +8,23 @@ Orders, averages, journal, budget and build are the same for all.
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
+
+from omegaconf import OmegaConf
 
 from data_prep.judging.aggregate import Judgement
 from data_prep.judging.by_rubric import RubricJudge, RubricReading
 from data_prep.judging.implicit import ImplicitJudge, ImplicitReading
 from data_prep.judging.rubric import Scale
-from data_prep.run import Gathered, Run
+from data_prep.run import Gathered, Instruction, Run
 from silkie_jax.endpoints.agents import Agent
 from silkie_jax.endpoints.attempts import Request, Verdict
 from silkie_jax.endpoints.client import Route
 from silkie_jax.endpoints.journal import Statement
 from silkie_jax.endpoints.outcomes import EndpointReply
 from silkie_jax.errors import UserError
-from silkie_jax.yaml_files import read_yaml
+from silkie_jax.yaml_files import make, read_yaml
 
 
 class Asking(Protocol):
@@ -96,6 +99,15 @@ KINDS: dict[str, tuple[Callable[[Mapping[str, Any], str | os.PathLike[str]], Ask
 `kept` (what a corpus depends on, `name` included, of what a run keeps) and `of`, which makes a `Reading` of that."""
 
 
+SOURCES = "sources"
+"""The key that limits a judge of any kind to the instructions of some sources."""
+
+
+@dataclass
+class _Limits:
+    sources: list[str] | None = None
+
+
 def load_judge(path: str | os.PathLike[str]) -> Asking:
     """Reads and checks a judge.
 
@@ -106,24 +118,43 @@ def load_judge(path: str | os.PathLike[str]) -> Asking:
     kind = _kind(given)
     if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"{path}: kind: {kind!r} is unknown; choose one of {', '.join(KINDS)}")
+    given.pop(SOURCES, None)  # whatever its kind: see `load_sources`
     return KINDS[kind][0](given, path)
+
+
+def load_sources(path: str | os.PathLike[str]) -> list[str] | None:
+    """The sources to whose instructions a judge's file limits it; None for all.
+
+    Raises:
+        UserError: they are no list of names.
+    """
+    sources = make(OmegaConf.masked_copy(read_yaml(path), [SOURCES]), _Limits, str(path)).sources
+    if sources == []:
+        raise UserError(f"{path}: sources is empty: name at least one, or leave it out for all")
+    return sources
+
+
+def in_scope(judge: Mapping[str, Any], instruction: Instruction) -> bool:
+    """Whether a judge is asked about an instruction, from its settings or from what `kept_of` gave."""
+    return judge.get(SOURCES) is None or instruction.source in judge[SOURCES]
 
 
 def kept_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What a corpus depends on, of the settings that a run keeps of a judge; of a rubric's, the rubric alone."""
     kind = _kind(settings)
-    return KINDS[kind][1].kept(settings) | ({} if "rubric" in settings else {"kind": kind})
+    limits = {SOURCES: settings[SOURCES]} if settings.get(SOURCES) is not None else {}
+    return KINDS[kind][1].kept(settings) | ({} if "rubric" in settings else {"kind": kind}) | limits
 
 
 def as_written_now(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run that an earlier version may have begun, with the defaults of keys that are newer."""
-    return {**settings, **({"rubric": kept_of(settings)} if "rubric" in settings else {})}
+    return {**settings, **({"rubric": KINDS[_kind(settings)][1].kept(settings)} if "rubric" in settings else {})}
 
 
 def reading(judge: str, kept: Mapping[str, Any]) -> Reading:
     """The reading of a judge from what `kept_of` gave."""
     kind = _kind(kept)
-    return KINDS[kind][1].of(judge, {key: value for key, value in kept.items() if key != "kind"})
+    return KINDS[kind][1].of(judge, {key: value for key, value in kept.items() if key not in ("kind", SOURCES)})
 
 
 def _kind(given: Mapping[str, Any]) -> Any:

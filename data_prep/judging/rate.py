@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from data_prep.judging.kinds import Asking, as_written_now, load_judge
+from data_prep.judging.kinds import SOURCES, Asking, as_written_now, in_scope, load_judge, load_sources
 from data_prep.run import RATE, RESPOND, Gathered, Run
 from silkie_jax.endpoints.agents import check_same
 from silkie_jax.endpoints.attempts import Request, Verdict
@@ -34,25 +34,31 @@ def rate(
     options = options or Options()
     judges: dict[str, Asking] = {}
     asked: dict[str, Asking] = {}
+    sources: dict[str, dict[str, list[str]]] = {}  # judge -> what limits it
     for judge_path in judge_paths:
         judge = load_judge(judge_path)
         if judge.name in judges or judge.agents.keys() & asked.keys():
             raise UserError(f"{judge_path}: there are two judges {judge.name!r}: give each a name of its own")
         judges[judge.name] = judge
+        sources[judge.name] = {SOURCES: named} if (named := load_sources(judge_path)) else {}
         asked |= dict.fromkeys(judge.agents, judge)
     with Run.open(path, write=True) as run:
         if not run.settings("pool"):
             raise UserError(f"the run {path} holds no responses: make some with `silkie corpus respond`")
+        for name, limits in sources.items():
+            _check_sources(run, name, limits.get(SOURCES, []))
         for name, judge in judges.items():
             if before := run.settings(f"judge:{name}"):
-                check_same(as_written_now(before), judge.settings(), f"judge {name}", judge.free)
+                check_same(as_written_now(before), judge.settings() | sources[name], f"judge {name}", judge.free)
         skipped = Counter[str]()
 
         def plan() -> None:
             for name, judge in judges.items():
-                run.save_settings(f"judge:{name}", judge.settings())
+                run.save_settings(f"judge:{name}", judge.settings() | sources[name])
             for gathered in ready(planning(run.gathered(), run.count(), options.progress), run, allow_missing, skipped):
-                for judge in judges.values():
+                for name, judge in judges.items():
+                    if not in_scope(sources[name], gathered.instruction):
+                        continue
                     for request in judge.requests(run, gathered, skipped):
                         run.db.execute(*request)
 
@@ -63,6 +69,15 @@ def rate(
         routes = {name: route for judge in judges.values() for name, route in judge.routes.items()}
         outcome = run_stage(run, RATE, agents, plan, review, options, routes)
         return StageResult(**{**vars(outcome), "notes": tuple(_notes(skipped))})
+
+
+def _check_sources(run: Run, judge: str, wanted: list[str]) -> None:
+    """Refuses sources that a run does not have: such a judge would be asked nothing, or less than is meant."""
+    known = [source for (source,) in run.db.execute("SELECT DISTINCT source FROM instructions ORDER BY 1")]
+    for source in wanted:
+        if source not in known:
+            have = ", ".join(name or "(unnamed)" for name in known)
+            raise UserError(f"judge {judge}: sources: the run has no instructions of {source!r}; it has {have}")
 
 
 def ready(every: Iterable[Gathered], run: Run, allow_missing: bool, skipped: Counter[str]) -> Iterator[Gathered]:
