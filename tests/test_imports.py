@@ -41,11 +41,12 @@ ALLOWED = {
 ROOMS = {
     "run": set(),
     "replies": set(),
+    "sentences": set(),
     "tables": set(),
     "instructions": {"tables", "run"},
-    "respond": {"instructions", "tables", "run"},
+    "respond": {"sentences", "instructions", "tables", "run"},
     "synthesize": {"replies", "instructions", "tables", "run"},
-    "judging": {"replies", "instructions", "tables", "run"},
+    "judging": {"sentences", "replies", "instructions", "tables", "run"},
     "corpora": {"synthesize", "judging", "replies", "instructions", "tables", "run"},
     "cli": {"corpora", "synthesize", "judging", "respond", "replies", "instructions", "tables", "run"},
 }

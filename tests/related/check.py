@@ -16,9 +16,17 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.related import allava, csr, mllm_dpo, sima, spa_judgement
+
 Check = Callable[[Path], Iterator[str]]
 
-CHECKS: dict[str, Check] = {}
+CHECKS: dict[str, Check] = {
+    "allava_replies": allava.replies,
+    "csr_trees": csr.trees,
+    "mllm_dpo": mllm_dpo.groups,
+    "sima_critic": sima.critic,
+    "spa_judgement": spa_judgement.judgement,
+}
 """From a file's name, without what follows the dot, to what compares it; arrays beside it (.npz) belong to it."""
 
 
