@@ -8,7 +8,8 @@ random, so that hardly an answer ends early. `one-by-one` is `silkie_jax.generat
 eight requests of like prompts and equal limits into one call of it. Both compile a program for each shape, which is
 done before the clock starts; the engine has few. `pytorch` is Hugging Face's `generate` of the same architecture
 (peer_torch.py), one by one, and in batches of eight as they come. Then the form of MME, two short questions an image,
-and what four samples of a prompt cost beyond one. `--size full` is Qwen-VL-Chat in bfloat16.
+what four samples of a prompt cost beyond one, and four answers to each prompt, together and one after the other.
+`--size full` is Qwen-VL-Chat in bfloat16.
 """
 
 import argparse
@@ -138,6 +139,15 @@ def in_jax(args: argparse.Namespace, size: str) -> dict[str, Any]:
     for n in (1, 4):  # one request at a time: its prompt, and one step for all its samples
         several = [dataclasses.replace(r, max_new_tokens=1, temperature=1.0, n=n) for r in requests]
         sides[f"n={n}"] = partial(lambda some: sum(ours([request]) for request in some), several)
+    samples = [
+        dataclasses.replace(request, max_new_tokens=40, temperature=1.0, seed=seed)
+        for request in requests[: max(args.slots // 4, 1)]
+        for seed in range(4)
+    ]
+    sides |= {
+        "samples together": lambda: ours(samples),
+        "samples apart": lambda: sum(ours([request]) for request in samples),
+    }
     if "one-by-one" in args.sides:
         sides |= {
             "one-by-one": lambda: one_by_one(model, requests),
@@ -230,6 +240,10 @@ def table(found: dict[str, Any], args: argparse.Namespace) -> list[str]:
     four = seconds("n=4") / seconds("n=1")
     lines.append(
         f"The first token of four samples of a prompt : of one = {four:.2f} in time, one prompt after the other."
+    )
+    apart = seconds("samples apart") / seconds("samples together")
+    lines.append(
+        f"Four answers of 40 tokens to a prompt, by four seeds, one after the other : together = {apart:.2f} in time."
     )
     return lines
 

@@ -1,5 +1,6 @@
 """Responses: every instruction is answered by several models of a pool, drawn beforehand and for good."""
 
+import hashlib
 import json
 import math
 import os
@@ -24,10 +25,17 @@ _FREE = ("replace_failed",)  # may change within a run
 
 
 @dataclass
+class PoolModel(Agent):
+    """A model of a pool."""
+
+    samples: int | None = None  # answers to one instruction, each by a seed of its own; None: one, as `sampling` says
+
+
+@dataclass
 class Pool:
     """The models that answer, and how they are drawn for an instruction."""
 
-    models: dict[str, Agent]
+    models: dict[str, PoolModel]
     models_per_instruction: int = 4
     draw: str = "balanced"  # every model equally often (by `weight`), or at random
     replace_failed: bool = True  # a model that refuses at its endpoint or rejects the request makes room for another
@@ -58,7 +66,21 @@ def load_pool(path: str | os.PathLike[str]) -> Pool:
         f"models_per_instruction is {pool.models_per_instruction}; training compares at most {MOST_RESPONSES}",
     )
     for name, agent in pool.models.items():
-        check_agent(agent, path, f"models.{name}.")
+        key = f"models.{name}."
+        check_agent(agent, path, key)
+        samples = agent.samples
+        need(samples is None or samples >= 1, f"{key}samples must be at least 1, not {samples}")
+        need(samples is None or "seed" not in agent.sampling, f"{key}sampling.seed is set by samples; leave out one")
+        need(
+            (samples or 1) == 1 or agent.sampling.get("temperature") != 0,
+            f"{key}samples is {samples}, but at temperature 0 all are the same: give it a temperature",
+        )
+    most = sum(sorted(model.samples or 1 for model in pool.models.values())[-pool.models_per_instruction :])
+    need(
+        most <= MOST_RESPONSES,
+        f"samples of {pool.models_per_instruction} models can be {most} responses; training compares at most "
+        f"{MOST_RESPONSES}",
+    )
     return pool
 
 
@@ -91,8 +113,9 @@ def respond(
             deal = Deal(pool)
             for instruction in planning(run.instructions(), run.count(), options.progress):
                 drawn, spares = deal(instruction.id)
-                for slot, name in enumerate(drawn):
-                    run.db.execute(*_request(run, pool, instruction, slot, [name, *spares[slot :: len(drawn)]]))
+                slots = [name for name in drawn for _ in range(pool.models[name].samples or 1)]
+                for slot, name in enumerate(slots):
+                    run.db.execute(*_request(run, pool, instruction, slot, [name, *spares[slot :: len(slots)]]))
             run.save_settings("responses planned", run.count())
 
         def review(name: str, request: Request, reply: EndpointReply, number: int) -> Verdict:
@@ -104,7 +127,7 @@ def respond(
             instruction = next(run.instructions(request.item, request.item))
             return Verdict(reply.outcome, "failed", (_request(run, pool, instruction, request.slot, spares),))
 
-        return run_stage(run, RESPOND, pool.models, plan, review, options)
+        return run_stage(run, RESPOND, {**pool.models}, plan, review, options)
 
 
 class Deal:
@@ -146,5 +169,12 @@ def _request(run: Run, pool: Pool, instruction: Instruction, slot: int, names: l
     """A request to the first of `names`; the others are kept with it, to step in."""
     agent = pool.models[names[0]]
     body = compose(agent, instruction.prompt, instruction.images, instruction.history)
+    if agent.samples is not None:
+        body["seed"] = sample_seed(pool.seed, instruction.id, slot)
     tokens = image_tokens(agent, [run.image_size(sha256) for sha256 in instruction.images])
     return new_request(RESPOND, instruction.number, names[0], slot, names[1:], body, tokens)
+
+
+def sample_seed(seed: int, id: str, slot: int) -> int:
+    """The seed of one answer to an instruction, in [0, 2^31): the same whenever it is asked for."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {id} {slot}".encode()).digest()[:4], "big") >> 1

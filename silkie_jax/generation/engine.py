@@ -1,8 +1,9 @@
 """The engine: many requests at once through one model, each as if it were alone.
 
 A fixed number of slots hold keys and values. A request takes a slot for each of its samples as slots become free, and
-gives it back when the sample ends; meanwhile the others go on. Its prompt is computed once for all its samples, and an
-image once for all requests that show it while its features are kept. What a request gets follows from the request alone
+gives it back when the sample ends; meanwhile the others go on. Its prompt is computed once for all its samples, and for
+other requests of the same prompt that come while a slot still holds it; an image once for all requests that show it
+while its features are kept. What a request gets follows from the request alone
 (its length decides the dynamic NTK factor, its seed the draws), never from what else is in flight. With another
 number of slots arithmetic differs by rounding, as between any two programs.
 
@@ -10,6 +11,7 @@ On several hosts every host runs the same requests in the same order.
 """
 
 import dataclasses
+import hashlib
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -51,6 +53,7 @@ class Ticket:
     stops: tuple[tuple[int, ...], ...]
     turns: np.ndarray
     waiting: deque[int]  # samples that have no slot yet
+    prompt: bytes  # a hash of its ids and images
     number: int = -1  # in `Engine.run`
     running: int = 0
     done: int = 0
@@ -147,6 +150,9 @@ class Engine:
             own=own,
         )
         self._lanes: list[_Lane | None] = [None] * self._programs.count
+        self._holds: list[bytes | None] = [
+            None
+        ] * self._programs.count  # the prompt that is in each slot, also when free
         self._queue: deque[Ticket] = deque()
         self._started: list[Ticket] = []  # their prompts are in slots; some samples wait for one
         self._pool: OrderedDict[bytes, int] = OrderedDict()  # an image's number, the one used last at the end
@@ -208,7 +214,8 @@ class Engine:
                 f"{self.context}; ask for fewer, or make the engine with a longer context"
             )
         turns = frequencies(self.config, ntk_alpha(self.config, len(ids)))
-        ticket = Ticket(request, stop_sequences(request.stop), turns, deque(range(request.n)))
+        prompt = hashlib.blake2b(b"".join((ids.tobytes(), *request.image_keys)), digest_size=16).digest()
+        ticket = Ticket(request, stop_sequences(request.stop), turns, deque(range(request.n)), prompt)
         self._queue.append(ticket)
         return ticket
 
@@ -267,8 +274,9 @@ class Engine:
                         done(number)
 
     def forget_images(self) -> None:
-        """Empties the pool of features."""
+        """Empties the pool of features, and forgets the prompts that free slots hold."""
         self._pool.clear()
+        self._holds = [held if lane else None for held, lane in zip(self._holds, self._lanes, strict=True)]
 
     # Working
 
@@ -308,6 +316,15 @@ class Engine:
             source = next(n for n, lane in enumerate(self._lanes) if lane is not None and lane.ticket is ticket)
             self._fork(ticket, source, free)
         while free and self._queue:
+            if self._queue[0].prompt in self._holds:
+                ticket = self._queue.popleft()
+                slot = self._holds.index(ticket.prompt)
+                self._started.append(ticket)
+                if slot in free:
+                    free.remove(slot)
+                    self._start(ticket, slot)
+                self._fork(ticket, slot, free)
+                continue
             tickets = self._next_prompts(len(free))
             first = [free.popleft() for _ in tickets]
             self._prefill(tickets, first)
@@ -324,7 +341,8 @@ class Engine:
             for ticket in list(self._queue):
                 if len(group) >= min(most, self._programs.rows):
                     break
-                if self._padded(ticket) == self._padded(head):
+                known = ticket.prompt in (*self._holds, *(other.prompt for other in group))
+                if self._padded(ticket) == self._padded(head) and not known:
                     self._queue.remove(ticket)
                     group.append(ticket)
         return group
@@ -392,6 +410,7 @@ class Engine:
     def _start(self, ticket: Ticket, slot: int) -> None:
         """The next sample of a ticket begins in a slot that holds its prompt."""
         self._lanes[slot] = _Lane(ticket, ticket.waiting.popleft(), len(ticket.request.ids) - 1)
+        self._holds[slot] = ticket.prompt
         ticket.running += 1
 
     def _say_lanes(self) -> Lanes:

@@ -280,3 +280,20 @@ def test_too_many_images_for_the_pool_are_refused(pair):
     engine = Engine(pair.model, context=600, slots=1, images=1)
     with pytest.raises(UserError, match="shows 2 images and the engine keeps 1"):
         engine.submit(Request([*pair.image_span()] * 2, list(pair.pixels(2)), 1))
+
+
+def test_requests_of_one_prompt_that_come_together_compute_it_once(pair):
+    """As samples of a pool are asked: each with its seed. What each gets is what it would get alone."""
+    one = Request(pair.text(40), (), 12, temperature=1.0, seed=3)
+    other = Request(pair.text(40, seed=1), (), 12, temperature=1.0, seed=3)
+    asked = [*(dataclasses.replace(one, seed=n) for n in range(4)), other, dataclasses.replace(one, seed=9)]
+    expected = [alone(pair.model, request) for request in asked]
+    for slots, prompts in ((8, 2), (2, 2), (1, 3)):  # one slot holds the other prompt when the last request comes
+        engine = Engine(pair.model, context=64, slots=slots)
+        for request in asked:
+            engine.submit(request).number = asked.index(request)
+        got = {}
+        while not engine.idle:
+            got |= {e.ticket.number: e.completion.tokens for e in engine.step() if e.completion}
+        assert [got[n] for n in range(len(asked))] == expected
+        assert engine.meters.prompts == prompts
