@@ -27,6 +27,18 @@ def add_verbs(add: Add) -> None:
     p.add_argument("--keep-duplicates", action="store_true", help="list them, but keep them")
 
     p = add(
+        "take",
+        _take,
+        "Make a run of some of another's instructions; parts of one seed do not overlap.",
+        "silkie corpus take runs/prompts runs/part --count 8000 --skip 2000",
+    )
+    p.add_argument("src", metavar="RUN", help="the run that has them")
+    p.add_argument("dst", metavar="DST", help="the run to make")
+    p.add_argument("--count", type=int, metavar="N", help="how many; default: all that are left")
+    p.add_argument("--skip", type=int, default=0, metavar="N", help="how many come before, in the seed's order")
+    p.add_argument("--seed", type=int, default=0, help="of the order")
+
+    p = add(
         "respond",
         _respond,
         "Let several models of a pool answer every instruction of a run.",
@@ -146,6 +158,12 @@ def _instructions(args: argparse.Namespace) -> None:
         keep_duplicates=args.keep_duplicates,
     )
     print(gather_instructions(config, args.run_dir).table())
+
+
+def _take(args: argparse.Namespace) -> None:
+    from data_prep.instructions.take import take
+
+    print(f"{take(args.src, args.dst, count=args.count, skip=args.skip, seed=args.seed):,} instructions in the run")
 
 
 def _respond(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from data_prep.cli import add_verbs as add_corpus_verbs
 from silkie_jax.arguments import Parser, Verbs, add_precision
 from silkie_jax.errors import UserError
 from silkie_jax.evaluation.cli import add_verbs as add_evaluation_verbs
+from silkie_jax.iteration.config import STAGES
 
 if TYPE_CHECKING:
     from silkie_jax.training.config import TrainConfig
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 GROUPS = {
     "checkpoints": ("convert", "export"),
     "preference corpora": ("corpus",),
-    "training": ("train", "reference", "compile"),
+    "training": ("train", "reference", "compile", "iterate"),
     "using a model": ("chat", "serve", "score"),
     "measuring": ("evaluate",),
     "this machine": ("doctor", "completion"),
@@ -84,8 +85,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--adapter",
         nargs="?",
         const=True,
+        action="append",
         metavar="DIR",
-        help="with DIR: merge this PEFT adapter; without: write the run's PEFT adapter instead of a merged model",
+        help="with DIR: merge this PEFT adapter, or several; without: write a run's PEFT adapter and no merged model",
     )
     p.add_argument("--dtype", choices=("bfloat16", "float32"), help="type to store; default: as it is")
 
@@ -129,6 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("config", help="a YAML file")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the file")
     p.add_argument("--profile", type=int, default=0, metavar="STEPS", help="write an XLA trace of so many steps")
+    p.add_argument("--check", action="store_true", help="check the configuration and train nothing")
     _add_hosts(p)
 
     p = verb(
@@ -157,6 +160,17 @@ def make_parser() -> argparse.ArgumentParser:
         "--tokens", type=int, help="all rows are padded to this; default: the corpus's own, or published lengths"
     )
     p.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
+
+    p = verb(
+        "iterate",
+        _iterate,
+        "Train in rounds on the policy's own answers: respond, rate, build, train, again and again.",
+        "silkie iterate configs/systems/spa.yaml run_dir=runs/spa --plan",
+    )
+    p.add_argument("config", help="a YAML file")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the file")
+    p.add_argument("--plan", action="store_true", help="print the commands and run none")
+    p.add_argument("--until", choices=STAGES, help="end after this stage of the first round that is not done")
 
     p = verb(
         "score",
@@ -273,7 +287,10 @@ def _export(args: argparse.Namespace) -> None:
     jax.config.update("jax_platforms", "cpu")  # weights only pass through, and a run may have the accelerators
     from silkie_jax.training.result import export_run
 
-    step = export_run(args.src, args.dst, adapter=args.adapter, dtype=args.dtype, step=args.step)
+    adapter = args.adapter if args.adapter and len(args.adapter) > 1 else args.adapter and args.adapter[0]
+    if isinstance(adapter, list) and True in adapter:
+        raise UserError("--adapter: name a folder each time, or give it once without one")
+    step = export_run(args.src, args.dst, adapter=adapter, dtype=args.dtype, step=args.step)
     print(f"exported to {args.dst}" if step is None else f"exported step {step} of {args.src} to {args.dst}")
 
 
@@ -292,6 +309,12 @@ def _corpus_import(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    if args.check:
+        from silkie_jax.training.config_file import load_config
+
+        load_config(args.config, args.overrides)
+        print("the configuration is sound")
+        return
     config = _join_hosts(args)
     from silkie_jax.hardware.programs import kept_programs
     from silkie_jax.training.loop import train
@@ -323,6 +346,16 @@ def _compile(args: argparse.Namespace) -> int:
     found = forecast(config, args.topology, args.tokens, say=partial(print, file=sys.stderr, flush=True))
     print(json.dumps(found.as_dict()) if args.json else "\n".join(found.lines(config.epochs or 1)))
     return 0 if found.fits else 1
+
+
+def _iterate(args: argparse.Namespace) -> None:
+    from data_prep.judging.kinds import load_judge
+    from data_prep.respond import load_pool
+    from silkie_jax.iteration.config import load_iterate
+    from silkie_jax.iteration.driver import iterate
+
+    config = load_iterate(args.config, args.overrides)
+    iterate(config, until=args.until, plan=args.plan, check_pool=load_pool, check_judge=load_judge)
 
 
 def _score(args: argparse.Namespace) -> None:

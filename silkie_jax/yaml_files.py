@@ -6,7 +6,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +35,46 @@ def read_yaml(path: str | os.PathLike[str]) -> DictConfig:
     if not isinstance(given, DictConfig):
         raise UserError(f"{path}: expected keys and values")
     return given
+
+
+def read_extended(path: str | os.PathLike[str], above: tuple[Path, ...] = ()) -> DictConfig:
+    """As `read_yaml`, over the file that its `extends` names, if it has one (a path from its own folder).
+
+    Raises:
+        UserError: a file cannot be read, or extends itself.
+    """
+    path = Path(path)
+    given = read_yaml(path)
+    base = given.pop("extends", None)
+    if base is None:
+        return given
+    chain = (*above, path.resolve())
+    if (path.parent / base).resolve() in chain:
+        raise UserError(f"{path}: extends {base}, which extends it")
+    merged = OmegaConf.merge(read_extended(path.parent / base, chain), given)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def with_overrides(given: DictConfig, overrides: Iterable[str]) -> DictConfig:
+    """Keys and values, some of them replaced by those of `key=value` texts.
+
+    Raises:
+        UserError: a text has another form.
+    """
+    merged = OmegaConf.merge(given, *map(_parse_override, overrides))
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _parse_override(item: str) -> Any:
+    key, equals, _ = item.partition("=")
+    if not (key and equals):
+        raise UserError(f"{item!r} is not an override; write key=value")
+    try:
+        return OmegaConf.from_dotlist([item])
+    except Exception as e:  # yaml's own errors span several lines
+        raise UserError(f"{item!r}: the value is not valid YAML ({' '.join(str(e).split())})") from None
 
 
 def load_yaml(path: str | os.PathLike[str], schema: type[T]) -> T:

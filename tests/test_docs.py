@@ -28,7 +28,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", sorted(set(commands())))
 def test_commands_parse(command):
     args = make_parser().parse_args(shlex.split(command)[1:])
-    if hasattr(args, "overrides") and not hasattr(args, "topology"):
+    if hasattr(args, "overrides") and not hasattr(args, "topology") and not hasattr(args, "plan"):
         given = dict(override.split("=") for override in args.overrides)
         assert {"model", "corpus", "run_dir"} <= given.keys()
 
@@ -55,6 +55,7 @@ def test_there_are_commands_for_every_verb():
         "train",
         "reference",
         "compile",
+        "iterate",
         "score",
         "export",
         "chat",

@@ -34,6 +34,7 @@ ALLOWED = {
     },
     "silkie_jax.training": {*_BELOW, "yaml_files", "preference", "scoring", "generation", "evaluation"},
     "silkie_jax.forecast": {*_BELOW, "preference", "training"},
+    "silkie_jax.iteration": {"endpoints", "scoring", "preference", "corpus", "yaml_files"},
     "silkie_jax.endpoints": {"yaml_files", "image_limits"},
     "data_prep": {"corpus", "endpoints", "image_limits", "yaml_files"},
 }
@@ -145,8 +146,8 @@ def test_only_serving_needs_a_server():
         "import silkie_jax",
         "import silkie_jax.corpus",
         """
-        import importlib, pkgutil, data_prep, silkie_jax.endpoints
-        for package in (data_prep, silkie_jax.endpoints):
+        import importlib, pkgutil, data_prep, silkie_jax.endpoints, silkie_jax.iteration
+        for package in (data_prep, silkie_jax.endpoints, silkie_jax.iteration):
             for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
                 importlib.import_module(module.name)
         """,

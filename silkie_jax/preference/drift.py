@@ -6,11 +6,12 @@ the pairs' ratios: a few very long responses do not decide it, and pairs turned 
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from silkie_jax.preference.rows import Row
+if TYPE_CHECKING:
+    from silkie_jax.preference.rows import Row
 
 RATIO = "lengths/ratio"  # its name among metrics
 FACTOR = 1.2  # a ratio beyond this, or below its inverse, is worth a warning
@@ -19,12 +20,13 @@ _LEAST = 30  # instructions without which such errors mean nothing
 
 
 class Drift(NamedTuple):
-    """exp(r), the standard error of r, and of how many pairs and instructions."""
+    """exp(r), the standard error of r, of how many pairs and instructions, and what lengths are counted in."""
 
     ratio: float
     error: float
     pairs: int
     instructions: int
+    unit: str = "tokens"
 
     @property
     def matters(self) -> bool:
@@ -36,25 +38,32 @@ class Drift(NamedTuple):
         share = self.ratio if self.ratio > 1 else 1 / self.ratio
         which = ("chosen", "rejected") if self.ratio > 1 else ("rejected", "chosen")
         return (
-            f"{which[0]} responses are {share - 1:.0%} longer than {which[1]} ones (by tokens, the geometric mean of "
-            f"{self.pairs:,} pairs)"
+            f"{which[0]} responses are {share - 1:.0%} longer than {which[1]} ones (by {self.unit}, the geometric mean "
+            f"of {self.pairs:,} pairs)"
         )
 
 
-def measure_drift(rows: Iterable[Row]) -> Drift:
-    """The drift in length between chosen and rejected responses of rows with pairs.
+def measure_drift(rows: Iterable["Row"]) -> Drift:
+    """The drift in length between chosen and rejected responses of rows with pairs."""
+
+    def differences() -> Iterable[np.ndarray]:
+        for row in rows:
+            lengths = np.bincount(row.label_branches, minlength=len(row.responses) + 1)[1:]
+            chosen, rejected = np.log(lengths)[row.pairs].T
+            yield chosen - rejected
+
+    return drift_of(differences(), "tokens")
+
+
+def drift_of(differences: Iterable[np.ndarray], unit: str) -> Drift:
+    """The drift, from log(|y_w| / |y_l|) of each pair, one array an instruction.
 
     Pairs of one instruction are not independent: the standard error is that of a ratio of sums over instructions.
     """
-    sums, counts = [], []
-    for row in rows:
-        lengths = np.bincount(row.label_branches, minlength=len(row.responses) + 1)[1:]
-        chosen, rejected = np.log(lengths)[row.pairs].T
-        sums.append((chosen - rejected).sum())
-        counts.append(len(row.pairs))
-    totals, pairs = np.array(sums), np.array(counts)
+    found = [(float(np.sum(some)), len(some)) for some in differences]
+    totals, pairs = np.array([total for total, _ in found]), np.array([count for _, count in found])
     if not pairs.sum():
-        return Drift(1.0, math.inf, 0, 0)
+        return Drift(1.0, math.inf, 0, 0, unit)
     mean = totals.sum() / pairs.sum()
     error = math.sqrt(np.square(totals - mean * pairs).sum()) / pairs.sum()
-    return Drift(math.exp(mean), error, int(pairs.sum()), int((pairs > 0).sum()))
+    return Drift(math.exp(mean), error, int(pairs.sum()), int((pairs > 0).sum()), unit)

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from silkie_jax.errors import UserError
 from silkie_jax.training.config import TrainConfig, complete
-from silkie_jax.yaml_files import make, read_yaml
+from silkie_jax.yaml_files import make, read_extended, read_yaml, with_overrides
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
@@ -21,31 +21,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
       UserError: one line that names the key and the mend.
     """
-    return make_config(OmegaConf.merge(_read(Path(path)), *map(_parse_override, overrides)), where=str(path))
-
-
-def _read(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
-    """A YAML file over the one that its `extends` names, if it has one (a path from its own folder)."""
-    given = read_yaml(path)
-    base = given.pop("extends", None)
-    if base is None:
-        return given
-    chain = (*above, path.resolve())
-    if (path.parent / base).resolve() in chain:
-        raise UserError(f"{path}: extends {base}, which extends it")
-    merged = OmegaConf.merge(_read(path.parent / base, chain), given)
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def _parse_override(item: str) -> Any:
-    key, equals, _ = item.partition("=")
-    if not (key and equals):
-        raise UserError(f"{item!r} is not an override; write key=value")
-    try:
-        return OmegaConf.from_dotlist([item])
-    except Exception as e:  # yaml's own errors span several lines
-        raise UserError(f"{item!r}: the value is not valid YAML ({' '.join(str(e).split())})") from None
+    return make_config(with_overrides(read_extended(path), overrides), where=str(path))
 
 
 def make_config(given: Any, where: str = "config") -> TrainConfig:

@@ -1,6 +1,7 @@
 """What a training run leaves, its adapter or its model or both, and `silkie export` of it."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -57,7 +58,7 @@ def save_result(trainer: Trainer, run: Path) -> None:
 def export_run(
     src: str | Path,
     dst: str | Path,
-    adapter: str | Path | bool | None = None,
+    adapter: str | Path | Sequence[str | Path] | bool | None = None,
     dtype: str | None = None,
     step: int | None = None,
 ) -> int | None:
@@ -67,7 +68,7 @@ def export_run(
       src: a run folder (its base model with its adapter merged), or any model folder that `load` reads. A run may be
         unfinished, or going on: its last checkpoint is meant.
       dst: the folder to make.
-      adapter: a PEFT folder to merge; True: write the run's PEFT adapter by itself, nothing merged.
+      adapter: a PEFT folder to merge, or several; True: write the run's PEFT adapter by itself, nothing merged.
       dtype: type to store; None: as the base is stored.
       step: the checkpoint of this step of a run is meant.
 
@@ -82,7 +83,7 @@ def export_run(
         if adapter is True or step is not None:
             option = "--step" if step is not None else "--adapter without a folder"
             raise UserError(f"{option} needs a training run; {src} is not one")
-        export(src, dst, adapter=adapter or None, dtype=dtype)
+        export(src, dst, adapter=None if isinstance(adapter, bool) else adapter, dtype=dtype)
         return None
     if adapter not in (None, True):
         raise UserError(f"{run} is a training run with results of its own; export its base with --adapter instead")
