@@ -109,6 +109,7 @@ class Instruction:
             images=(b"",),
             dropped_prompt=0,
             dropped_responses=(0,) * len(branches),
+            views=None,
         )
 
 

@@ -108,6 +108,11 @@ def make_parser() -> argparse.ArgumentParser:
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--jsonl", metavar="FILE", help="VLFeedback rows: JSONL or parquet")
     source.add_argument("--pairs", metavar="FILE", help="rows of image, prompt, chosen, rejected: JSONL or parquet")
+    p.add_argument(
+        "--image-pairs",
+        action="store_true",
+        help="two images of --pairs' rows are the chosen response's and the rejected one's",
+    )
     p.add_argument("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="of --jsonl's ratings; default: 1 5")
     p.add_argument("--images", metavar="PATH", help="the rows' images: a folder, zip or tar; default: beside the rows")
     p.add_argument("dst", help="the corpus folder to make, or to complete")
@@ -296,6 +301,8 @@ def _export(args: argparse.Namespace) -> None:
 
 def _corpus_import(args: argparse.Namespace) -> None:
     if args.jsonl:
+        if args.image_pairs:
+            raise UserError("--image-pairs: rows of --jsonl are no pairs; leave it out")
         from data_prep.tables.vlfeedback import SCALE, import_vlfeedback
 
         summary = import_vlfeedback(args.jsonl, args.images, args.dst, scale=tuple(args.scale or SCALE))
@@ -304,7 +311,7 @@ def _corpus_import(args: argparse.Namespace) -> None:
     else:
         from data_prep.tables.given_pairs import import_pairs
 
-        summary = import_pairs(args.pairs, args.images, args.dst)
+        summary = import_pairs(args.pairs, args.images, args.dst, image_pairs=args.image_pairs)
     print(summary.table())
 
 

@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,13 +27,15 @@ def export_pairs(
     form: Form = "trl",
     file_format: Literal["jsonl", "parquet"] = "jsonl",
     rule: rules.Rule | None = None,
+    say: Callable[[str], object] = print,
 ) -> int:
     """Writes every pair that a rule makes of a corpus, and each image once, named by its SHA-256.
 
     trl's conversational preference form (`prompt`, `chosen`, `rejected` as messages, `images`), as its DPOTrainer takes
     it; or LLaMA-Factory's ranking form in ShareGPT style (`conversations`, `chosen`, `rejected`, `images`), with the
     `dataset_info.json` that it asks for. Images are paths below `dst` in JSON lines, and in parquet of trl's form the
-    files themselves, as the `datasets` library stores them.
+    files themselves, as the `datasets` library stores them. Neither form has a place for pairs whose responses show
+    different images: they are left out, and `say` is told how many.
 
     Args:
         corpus: the corpus folder.
@@ -40,12 +43,13 @@ def export_pairs(
         form: "trl" or "llama-factory".
         file_format: "jsonl" or "parquet" (needs pyarrow).
         rule: see `silkie_jax.corpus.pairs`; also as YAML text. None: mean_rating, or given where there are no ratings.
+        say: what is told, in a line, that pairs were left out.
 
     Returns:
         how many pairs there are.
 
     Raises:
-        UserError: the rule is wrong or makes no pair, or `dst` is not empty.
+        UserError: the rule is wrong or makes no pair that has a place, or `dst` is not empty.
     """
     reader = CorpusReader(corpus)
     rule = _parse_rule(rule) if rule is not None else ("mean_rating" if reader.aspects else "given")
@@ -57,9 +61,18 @@ def export_pairs(
     shutil.rmtree(work, ignore_errors=True)
     (work / "images").mkdir(parents=True)
     as_files = form == "trl" and file_format == "parquet"
-    rows = _rows(reader, rule, form, None if as_files else work / "images")
+    left_out: Counter[str] = Counter()
+    rows = _rows(reader, rule, form, None if as_files else work / "images", left_out)
     file = work / f"pairs.{file_format}"
     count = _write_jsonl(file, rows) if file_format == "jsonl" else _write_parquet(file, rows, as_files)
+    apart = left_out["images"]
+    if apart and not count:
+        shutil.rmtree(work)
+        raise UserError(
+            f"{corpus}: chosen and rejected show different images in all pairs, which form {form} cannot say"
+        )
+    if apart:
+        say(f"{apart:,} pairs left out: chosen and rejected show different images, which form {form} cannot say")
     if not count:
         shutil.rmtree(work)
         raise UserError(f"pair rule {rule} makes no pair of {corpus}: choose another with --pair-rule")
@@ -88,15 +101,18 @@ def _parse_rule(rule: rules.Rule) -> rules.Rule:
         raise UserError(f"--pair-rule: {rule!r} is neither a name nor valid YAML") from None
 
 
-def _rows(reader: CorpusReader, rule: rules.Rule, form: Form, folder: Path | None) -> Iterator[dict[str, Any]]:
+def _rows(
+    reader: CorpusReader, rule: rules.Rule, form: Form, folder: Path | None, left_out: Counter[str]
+) -> Iterator[dict[str, Any]]:
     for record in reader:
         found = rules.pairs(record, rule)
-        if not found:
-            continue
-        images = [_image(image, folder) for image in record.images]
         for number, (chosen, rejected) in enumerate(found):
+            if record.view(chosen) != record.view(rejected):
+                left_out["images"] += 1
+                continue
+            images = [_image(record.images[image], folder) for image in record.view(chosen)]
             texts = record.responses[chosen].text, record.responses[rejected].text
-            row = _trl(record, *texts) if form == "trl" else _llama_factory(record, *texts)
+            row = (_trl if form == "trl" else _llama_factory)(record, len(images), *texts)
             yield {"id": f"{record.id}/{number}", **row, "images": images}
 
 
@@ -111,11 +127,11 @@ def _image(data: bytes, folder: Path | None) -> Any:
     return f"images/{name[:2]}/{name}"
 
 
-def _trl(record: Record, chosen: str, rejected: str) -> dict[str, Any]:
+def _trl(record: Record, images: int, chosen: str, rejected: str) -> dict[str, Any]:
     """Messages in parts; the images stand at the beginning of the first message of the user."""
     turns = [turn for user, assistant in record.history for turn in (("user", user), ("assistant", assistant))]
     prompt = [_message(role, words) for role, words in [*turns, ("user", record.prompt)]]
-    prompt[0]["content"] = [{"type": "image"}] * len(record.images) + prompt[0]["content"]
+    prompt[0]["content"] = [{"type": "image"}] * images + prompt[0]["content"]
     return {
         "prompt": prompt,
         "chosen": [_message("assistant", chosen)],
@@ -127,11 +143,11 @@ def _message(role: str, words: str) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "text", "text": words}]}
 
 
-def _llama_factory(record: Record, chosen: str, rejected: str) -> dict[str, Any]:
+def _llama_factory(record: Record, images: int, chosen: str, rejected: str) -> dict[str, Any]:
     """ShareGPT turns; `<image>` marks where each image stands. The same letters in a text would mark one, too."""
     turns = [turn for user, assistant in record.history for turn in (("human", user), ("gpt", assistant))]
     conversation = [{"from": who, "value": _without_marks(words)} for who, words in [*turns, ("human", record.prompt)]]
-    conversation[0]["value"] = "<image>" * len(record.images) + conversation[0]["value"]
+    conversation[0]["value"] = "<image>" * images + conversation[0]["value"]
     return {
         "conversations": conversation,
         "chosen": {"from": "gpt", "value": _without_marks(chosen)},

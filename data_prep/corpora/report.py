@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from data_prep.corpora import published
 from data_prep.corpora.measures import Measures
+from data_prep.corpora.show import images_shown
 from data_prep.run import Run
 from data_prep.tables.images import opened
 from data_prep.tables.rejections import Rejected
@@ -172,7 +173,7 @@ def _example(record: Record) -> dict[str, Any]:
         "images": [_thumbnail(image) for image in record.images],
         "responses": [
             {
-                "model": response.model or "unknown",
+                "model": (response.model or "unknown") + images_shown(response),
                 "text": _shorten(response.text),
                 "ratings": {a: "–" if math.isnan(r) else f"{r:.3g}" for a, r in response.ratings.items()},
                 "rationales": {aspect: _shorten(why) for aspect, why in response.rationales.items()},

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_prep.tables.images import opened, suffix
 from data_prep.tables.rejections import Rejected
-from silkie_jax.corpus import CorpusReader, Record
+from silkie_jax.corpus import CorpusReader, Record, Response
 from silkie_jax.corpus import pairs as rules
 from silkie_jax.errors import UserError
 
@@ -64,6 +64,8 @@ def _as_json(record: Record, paths: list[str]) -> str:
     for response in value["responses"]:
         ratings = response["ratings"]
         response["ratings"] = {aspect: None if math.isnan(rating) else rating for aspect, rating in ratings.items()}
+        if response["images"] is None:
+            del response["images"]
     return json.dumps(value, indent=1, ensure_ascii=False)
 
 
@@ -96,7 +98,8 @@ def _as_text(record: Record, number: int, paths: list[str]) -> str:
         ratings = "  ".join(
             f"{aspect} {'-' if math.isnan(rating) else f'{rating:g}'}" for aspect, rating in response.ratings.items()
         )
-        lines += ["", f"[{index}] {_printable(response.model) or 'unknown model'}   {ratings}", block(response.text)]
+        about = f"[{index}] {_printable(response.model) or 'unknown model'}   {ratings}"
+        lines += ["", f"{about}{images_shown(response)}", block(response.text)]
         lines += [block(f"{aspect}: {why}", "      | ") for aspect, why in response.rationales.items()]
     rule = "given" if record.pairs else "mean_rating"
     found = ", ".join(f"{chosen} > {rejected}" for chosen, rejected in rules.pairs(record, rule)) or "none"
@@ -107,6 +110,14 @@ def _as_text(record: Record, number: int, paths: list[str]) -> str:
             f"(shown {judgement['shown']}): {judgement['kind']}"
         )
     return "\n".join(lines)
+
+
+def images_shown(response: Response) -> str:
+    """The images that a response answers, numbered from 1, where it does not answer all."""
+    if response.images is None:
+        return ""
+    numbers = ", ".join(str(image + 1) for image in response.images)
+    return f"   of image {numbers}" if numbers else "   of no image"
 
 
 def _printable(words: str) -> str:

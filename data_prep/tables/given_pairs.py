@@ -1,6 +1,7 @@
 """Preference pairs in the common forms (one `chosen`, one `rejected` a row) into a corpus."""
 
 import os
+from functools import partial
 from typing import Any, Unpack
 
 from data_prep.tables import fields
@@ -18,6 +19,8 @@ def import_pairs(
     source: str | os.PathLike[str],
     images: str | os.PathLike[str] | None,
     dst: str | os.PathLike[str],
+    *,
+    image_pairs: bool = False,
     **options: Unpack[ImportOptions],
 ) -> Summary:
     """Imports rows of `prompt`, `chosen`, `rejected` with, optionally, `image`, `history` and `id`.
@@ -29,18 +32,31 @@ def import_pairs(
     pair says so. Rows that share an id are separate records: the later ones are named `id#2`, `id#3`; rows without an
     id are named by their number, `row-1`.
 
-    Arguments, result and errors are those of `import_vlfeedback`.
+    With `image_pairs` two `images` are the chosen response's and the rejected one's (V-DPO, arXiv 2411.02712), and not
+    both shown to both. Their texts may be the same one, `chosen`; `rejected` may then be absent. A row of one image is
+    what it always is.
+
+    The other arguments, result and errors are those of `import_vlfeedback`.
     """
-    return run_import(source, images, dst, parse=parse_row, name="pairs", identical_rows="keep", **options)
+    parse, form = (partial(parse_row, image_pairs=True), "image pairs") if image_pairs else (parse_row, "")
+    return run_import(source, images, dst, parse=parse, name="pairs", identical_rows="keep", form=form, **options)
 
 
-def parse_row(row: dict[str, Any]) -> Draft:
+def parse_row(row: dict[str, Any], image_pairs: bool = False) -> Draft:
     """One row in the corpus's terms.
 
     Raises:
         Rejected: a text is absent, the messages do not form a conversation, or chosen and rejected are the same.
     """
     chosen, rejected, prompt = row.get("chosen"), row.get("rejected"), row.get("prompt")
+    refs = fields.image_refs(row.get("image")) + fields.image_refs(row.get("images"))
+    views: list[tuple[int, ...] | None] = [None, None]
+    if image_pairs:
+        views = [tuple(range(len(refs)))] * 2  # by name: TFDS wants a field in all records of a corpus
+        if len(refs) > 2:
+            raise Rejected("no image pair", f"two images are expected, or one for both responses, not {len(refs)}")
+        if len(refs) == 2:
+            views, rejected = [(0,), (1,)], chosen if rejected is None else rejected
     if prompt is None and isinstance(chosen, list) and isinstance(rejected, list):
         if chosen[:-1] != rejected[:-1]:
             raise Rejected("no common prompt", "chosen and rejected differ before their last message")
@@ -51,13 +67,13 @@ def parse_row(row: dict[str, Any]) -> Draft:
     else:
         history, last = _history(row.get("history")), fields.text(prompt, "prompt")
     answers = [_answer(chosen, "chosen"), _answer(rejected, "rejected")]
-    if answers[0] == answers[1]:
-        raise Rejected("chosen and rejected are the same")
+    if answers[0] == answers[1] and (views[0] == views[1] or refs[0] == refs[1]):
+        raise Rejected("chosen and rejected are the same", "images, too" if image_pairs else "")
     return Draft(
         id=fields.row_id(row.get("id")),
         prompt=last,
-        responses=[Response(answer) for answer in answers],
-        images=fields.image_refs(row.get("image")) + fields.image_refs(row.get("images")),
+        responses=[Response(answer, images=view) for answer, view in zip(answers, views, strict=True)],
+        images=refs,
         history=history,
         pairs=[(0, 1)],
         extra={str(key): fields.json_value(value) for key, value in row.items() if key not in _FIELDS},

@@ -113,6 +113,7 @@ def run_import(
     parse: Parser,
     name: str,
     identical_rows: Literal["leave out", "keep"],
+    form: str = "",
     scale: Scale | None = None,
     shards: int | None = None,
     workers: int | None = None,
@@ -127,6 +128,7 @@ def run_import(
         name: of the data set, in file names and as the records' source.
         identical_rows: whether a row that repeats an earlier one with its id is listed as a duplicate, or kept. A row
             that has an earlier one's id but says something else is always kept. What is kept is renamed: `id#2`.
+        form: what `parse` makes of rows, where it can do different things with the same ones.
         scale: lowest and highest rating, where rows have ratings.
     """
     if workers is not None and workers < 1:
@@ -137,7 +139,7 @@ def run_import(
         if not plan.accepted:
             raise nothing_usable(rows.path, plan.rejections)
         plan.rejections += [Rejection(0, f, 0, "file", "", "image refused", why) for f, why in store.refused.items()]
-        settings = json.dumps([VERSION, FORMAT, name, max_pixels, max_image_bytes])
+        settings = json.dumps([VERSION, FORMAT, name, max_pixels, max_image_bytes, *filter(None, [form])])
         key = _hash(settings, *(row.digest for row in plan.accepted), *(r.to_json() for r in plan.rejections))
         if (Path(dst) / MANIFEST).exists():
             return finished_before(Path(dst), key)
@@ -244,6 +246,7 @@ class _Job:
                 raise UserError(f"{self.rows.path} changed while it was imported: run the import again") from None
             try:
                 images = tuple(self._image(ref) for ref in _find(draft, self.store))
+                _check_images(draft, images)
             except Rejected as why:
                 rejections.append(_rejection(self.rows, row.place, row.number, row.line, row.id, why))
                 continue
@@ -315,6 +318,17 @@ def _find(draft: Draft, store: Images) -> list[str | bytes]:
     if not draft.images and store.has(draft.image_id):
         return [store.find("", draft.image_id)]
     return [ref if isinstance(ref, bytes) else store.find(ref, draft.image_id) for ref in draft.images]
+
+
+def _check_images(draft: Draft, images: tuple[bytes, ...]) -> None:
+    """Refuses a pair whose images, under different names, are the same, and its texts, too.
+
+    Raises:
+        Rejected: as the parser does where the names are the same already.
+    """
+    seen = [(response.text, response.images and [images[n] for n in response.images]) for response in draft.responses]
+    if any(seen[chosen] == seen[rejected] for chosen, rejected in draft.pairs):
+        raise Rejected("chosen and rejected are the same", "images, too")
 
 
 def id_of(row: Any) -> str:

@@ -181,8 +181,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         found = manifest["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error}): copy the corpus again or import it anew") from error
-    if found != shards.FORMAT:
-        raise UserError(f"{file} has format {found}; this version reads format {shards.FORMAT}: import the corpus anew")
+    known = (shards.FORMAT, shards.FORMAT_VIEWS)
+    if found not in known:
+        reads = " and ".join(map(str, known))
+        raise UserError(f"{file} has format {found}; this version reads formats {reads}: import the corpus anew")
     return manifest
 
 

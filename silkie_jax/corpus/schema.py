@@ -30,12 +30,15 @@ class Response:
         model: the name of the model that gave it ("" when unknown).
         ratings: aspect -> rating; NaN where the judge gave no number. The order of the aspects is kept.
         rationales: aspect -> the judge's reason; aspects without one are absent.
+        images: which of the record's images it answers, by their index, in the order in which its prompt shows them;
+            None: all.
     """
 
     text: str
     model: str = ""
     ratings: Mapping[str, float] = field(default_factory=dict)
     rationales: Mapping[str, str] = field(default_factory=dict)
+    images: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,24 @@ class Record:
                     f"record {self.id}: pair {pair} names a response that is not among its {len(self.responses)}"
                 )
 
+        for number, response in enumerate(self.responses):
+            shown = response.images or ()
+            if len(set(shown)) < len(shown) or not all(0 <= index < len(self.images) for index in shown):
+                raise ValueError(
+                    f"record {self.id}: response {number} shows images {list(shown)}, each must be another one of "
+                    f"the record's {len(self.images)}"
+                )
+
+    def view(self, response: int) -> tuple[int, ...]:
+        """The images that a response answers, by their index."""
+        shown = self.responses[response].images
+        return tuple(range(len(self.images))) if shown is None else shown
+
+    @property
+    def has_views(self) -> bool:
+        """Whether a response names the images that it answers."""
+        return any(response.images is not None for response in self.responses)
+
     @property
     def image_sha256(self) -> tuple[str, ...]:
         """The SHA-256 of each image file: equal for records that share an image."""
@@ -76,22 +97,29 @@ class Record:
 
 
 @functools.cache
-def features() -> Any:
+def features(views: bool = False) -> Any:
     """The TFDS features of a record.
 
-    What is ragged inside a sequence (ratings, rationales) is JSON text, and a NaN rating is null in it.
+    What is ragged inside a sequence (ratings, rationales, images of a response) is JSON text, and a NaN rating is null
+    in it.
+
+    Args:
+        views: whether responses have `images`, null for all of the record's; absent reads as null.
     """
     import numpy as np
     import tensorflow_datasets as tfds
 
     text = tfds.features.Text()
+    more = {"images": text} if views else {}
     return tfds.features.FeaturesDict(
         {
             "id": text,
             "images": tfds.features.Sequence(tfds.features.Image()),
             "prompt": text,
             "history": tfds.features.Sequence({"user": text, "assistant": text}),
-            "responses": tfds.features.Sequence({"text": text, "model": text, "ratings": text, "rationales": text}),
+            "responses": tfds.features.Sequence(
+                {"text": text, "model": text, "ratings": text, "rationales": text, **more}
+            ),
             "pairs": tfds.features.Sequence({"chosen": np.int64, "rejected": np.int64}),
             "source": text,
             "extra": text,
@@ -119,6 +147,8 @@ def to_example(record: Record) -> bytes:
         "source": [record.source],
         "extra": [_to_json(record.extra)],
     }
+    if record.has_views:  # absent otherwise: such a record has the bytes that it had before there were views
+        texts["responses/images"] = [_encoder.encode(response.images) for response in responses]
     numbers = {
         "pairs/chosen": [chosen for chosen, _ in record.pairs],
         "pairs/rejected": [rejected for _, rejected in record.pairs],
@@ -152,11 +182,14 @@ def from_example(data: bytes) -> Record:
     def texts(key: str) -> list[str]:
         return [value.decode() for value in feature[key].bytes_list.value]
 
+    answers = texts("responses/text")
+    views = texts("responses/images") if "responses/images" in feature else []
     responses = zip(
-        texts("responses/text"),
+        answers,
         texts("responses/model"),
         texts("responses/ratings"),
         texts("responses/rationales"),
+        views or ["null"] * len(answers),
         strict=True,
     )
     return Record(
@@ -164,8 +197,8 @@ def from_example(data: bytes) -> Record:
         images=tuple(feature["images"].bytes_list.value),
         prompt=texts("prompt")[0],
         responses=tuple(
-            Response(text, model, _ratings_from_json(ratings), json.loads(rationales))
-            for text, model, ratings, rationales in responses
+            Response(text, model, _ratings_from_json(ratings), json.loads(rationales), _view_from_json(view))
+            for text, model, ratings, rationales, view in responses
         ),
         history=tuple(zip(texts("history/user"), texts("history/assistant"), strict=True)),
         pairs=tuple(
@@ -209,3 +242,8 @@ def _ratings_to_json(ratings: Mapping[str, float]) -> str:
 
 def _ratings_from_json(text: str) -> dict[str, float]:
     return {aspect: math.nan if rating is None else float(rating) for aspect, rating in json.loads(text).items()}
+
+
+def _view_from_json(text: str) -> tuple[int, ...] | None:
+    images = json.loads(text)
+    return None if images is None else tuple(images)

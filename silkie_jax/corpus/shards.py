@@ -31,6 +31,7 @@ from silkie_jax.errors import UserError
 from silkie_jax.locks import lock
 
 FORMAT = 1  # raised when a corpus written before can no longer be read
+FORMAT_VIEWS = 2  # of one with responses that name their images: versions before that would show them all
 MANIFEST = "corpus.json"
 INDEX = "index.jsonl"
 BUILDING = ".building"
@@ -53,13 +54,15 @@ class Shard:
 class Entry:
     """What is kept of a shard until the corpus is finished.
 
-    `key` hashes the input that the shard was made from; `index` has a line for each record; `notes` are the caller's.
+    `key` hashes the input that the shard was made from; `index` has a line for each record; `notes` are the caller's;
+    `views` counts records with responses that name their images.
     """
 
     key: str
     shard: Shard
     index: list[dict[str, Any]]
     notes: dict[str, Any]
+    views: int = 0
 
 
 def index_line(record: schema.Record, data: bytes) -> dict[str, Any]:
@@ -130,7 +133,9 @@ class CorpusBuilder:
         """The entry of a shard that an earlier run made of the same input and whose file is whole, or None."""
         try:
             fields = json.loads(self._entry_path(number).read_text())
-            entry = Entry(fields["key"], Shard(**fields["shard"]), fields["index"], fields["notes"])
+            entry = Entry(
+                fields["key"], Shard(**fields["shard"]), fields["index"], fields["notes"], fields.get("views", 0)
+            )
         except (OSError, ValueError, KeyError, TypeError):  # absent, or not written by this version
             return None
         path = self.folder / entry.shard.file
@@ -155,15 +160,18 @@ class CorpusBuilder:
         """
         path = self.folder / self._shard_file(number)
         index: list[dict[str, Any]] = []
+        views = 0
 
         def encoded() -> Iterator[bytes]:
+            nonlocal views
             for record in records:
                 data = schema.to_example(record)
+                views += record.has_views
                 index.append(index_line(record, data))
                 yield data
 
         shard = _write_array_record(path, self._state, encoded())
-        entry = Entry(key if isinstance(key, str) else key(), shard, index, notes)
+        entry = Entry(key if isinstance(key, str) else key(), shard, index, notes, views)
         write_file(self._entry_path(number), [json.dumps(asdict(entry), ensure_ascii=False)], temporary_in=self._state)
         return entry
 
@@ -179,11 +187,12 @@ class CorpusBuilder:
         for name, text in files.items():
             write_file(self.folder / name, text, temporary_in=self._state)
         shards = [entry.shard for entry in entries]
-        self._write_tfds_metadata(shards)
+        records, views = sum(shard.records for shard in shards), sum(entry.views for entry in entries)
+        self._write_tfds_metadata(shards, views=views == records > 0)  # TFDS needs a field in all records
         manifest = {
-            "format": FORMAT,
+            "format": FORMAT_VIEWS if views else FORMAT,
             "name": self.name,
-            "records": sum(shard.records for shard in shards),
+            "records": records,
             "fingerprint": fingerprint(line["record_sha256"] for entry in entries for line in entry.index),
             **facts,
             "shards": [asdict(shard) for shard in shards],
@@ -195,7 +204,7 @@ class CorpusBuilder:
         )
         shutil.rmtree(self._state)
 
-    def _write_tfds_metadata(self, shards: list[Shard]) -> None:
+    def _write_tfds_metadata(self, shards: list[Shard], *, views: bool) -> None:
         import tensorflow_datasets as tfds
 
         template = tfds.core.ShardedFileTemplate(
@@ -213,7 +222,7 @@ class CorpusBuilder:
         )
         tfds.folder_dataset.write_metadata(
             data_dir=self.folder,
-            features=schema.features(),
+            features=schema.features(views),
             split_infos=[split],
             filename_template=_TEMPLATE,
             description="One record an instruction: images, prompt, responses with ratings and rationales.",

@@ -17,6 +17,7 @@ from silkie_jax.corpus.pairs import Rule, pairs
 from silkie_jax.models.qwen_vl.image import read_image
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.nn.attention import PADDING, ROW
+from silkie_jax.preference.condition import Attributes
 from silkie_jax.preference.counts import Work, response_lengths, row_work
 from silkie_jax.preference.grid import Grid, Shape
 from silkie_jax.preference.layout import Layout
@@ -49,6 +50,7 @@ class Batch:
       pairs int32 [A, B, P, 2], pair_mask bool [A, B, P]   (branches of the sequence, from 0)
       images uint8 [A, B, M, S, S, 3]   (absent where no row has an image)
       features [A, B, M, 256, W]   (in their place where features are stored)
+      spans int32 [A, B, I]   (which image stands at each <img>; only where rows have views, else each in order)
       reference_logps float32 [A, B, K]   (only with a stored reference)
     """
 
@@ -65,6 +67,7 @@ class RowOptions:
     Attributes:
         rule: which responses are compared; None where `imitate` needs no pairs.
         imitate: of sft: `all` responses, the `chosen` ones or the `best` (corpus/imitation.py).
+        condition: of sft: what each response's question says of it; a response of which it cannot is left out.
     """
 
     rule: Rule | None
@@ -72,6 +75,7 @@ class RowOptions:
     max_length: int = 2048
     max_prompt_length: int | None = None
     imitate: Imitate = "chosen"
+    condition: Attributes | None = None
 
     def row(self, tokenizer: Tokenizer, record: Record) -> Row | None:
         """The record's row; None where it has nothing to train on.
@@ -81,6 +85,11 @@ class RowOptions:
         """
         found = pairs(record, self.rule) if self.rule is not None else []
         responses = imitated(record, self.imitate, found) if self.objective == "sft" else None
+        conditions = None
+        if self.condition is not None and responses is not None:
+            said = {index: self.condition.of(record.responses[index].ratings) for index in responses}
+            conditions = {index: text for index, text in said.items() if text is not None}
+            responses = list(conditions)
         if not (found if responses is None else responses):
             return None
         return make_row(
@@ -90,6 +99,7 @@ class RowOptions:
             responses=responses,
             max_length=self.max_length,
             max_prompt_length=self.max_prompt_length,
+            conditions=conditions,
         )
 
     def key(self, corpus: CorpusReader, tokenizer: Tokenizer) -> dict[str, object]:
@@ -98,6 +108,9 @@ class RowOptions:
         own = dataclasses.asdict(self)
         if self.imitate == "chosen":  # so that rows which versions without this choice kept are found
             del own["imitate"]
+        del own["condition"]
+        if self.condition is not None:
+            own["condition"] = self.condition.asked
         return {**about, **own}
 
 
@@ -191,7 +204,9 @@ class BatchSource:
 
 
 def _work(row: Row) -> Work:
-    return row_work(*response_lengths(row.branches), len(row.labels), len(row.images), len(row.pairs))
+    segments = [row_work(*lengths, labels=0, images=0) for lengths in response_lengths(row.branches)]
+    own = {"rows": 1, "labels": len(row.labels), "images": len(row.images), "pairs": len(row.pairs)}
+    return dataclasses.replace(sum(segments, Work()), **own)
 
 
 def collate(groups: Sequence[Sequence[Row]], shape: Shape, pad: int) -> Arrays:
@@ -207,14 +222,16 @@ def collate(groups: Sequence[Sequence[Row]], shape: Shape, pad: int) -> Arrays:
         "pairs": np.zeros((count, shape.pairs, 2), np.int32),
         "pair_mask": np.zeros((count, shape.pairs), bool),
     }
+    if shape.spans:
+        out["spans"] = np.zeros((count, shape.spans), np.int32)
     for i, group in enumerate(groups):
-        token = label = pair = branch = 0
-        for place, row in enumerate(group):
+        token = label = pair = branch = segment = image = span = 0
+        for row in group:
             assert len(row.responses) < ROW, row.id  # `make_row` sees to it
             at = slice(token, token + len(row.tokens))
             out["tokens"][i, at] = row.tokens
             out["positions"][i, at] = row.positions
-            out["branches"][i, at] = row.branches + place * ROW
+            out["branches"][i, at] = row.branches + segment * ROW
             at = slice(label, label + len(row.labels))
             out["predecessors"][i, at] = row.predecessors + token
             out["labels"][i, at] = row.labels
@@ -222,8 +239,11 @@ def collate(groups: Sequence[Sequence[Row]], shape: Shape, pad: int) -> Arrays:
             at = slice(pair, pair + len(row.pairs))
             out["pairs"][i, at] = row.pairs + branch
             out["pair_mask"][i, at] = True
+            if shape.spans:
+                out["spans"][i, span : span + len(row.spans)] = np.array(row.spans, np.int32) + image
             token, label = token + len(row.tokens), label + len(row.labels)
-            pair, branch = pair + len(row.pairs), branch + len(row.responses)
+            pair, branch, segment = pair + len(row.pairs), branch + len(row.responses), segment + row.segments
+            image, span = image + len(row.images), span + len(row.spans)
     return out
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
+from silkie_jax.nn.attention import ROW
+
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -33,7 +35,8 @@ def row_work(prompt: int, responses: Sequence[int], labels: int, images: int = 1
     return Work(1, prompt + sum(responses), visible, labels, images, pairs, len(responses))
 
 
-def response_lengths(branches: Int[np.ndarray, "T"]) -> tuple[int, list[int]]:
-    """(prompt, responses) lengths of one row, from its branches."""
-    prompt, *responses = np.bincount(branches).tolist()
-    return prompt, responses
+def response_lengths(branches: Int[np.ndarray, "T"]) -> list[tuple[int, list[int]]]:
+    """(prompt, responses) lengths of each segment of one row, from its branches."""
+    segments = branches // ROW
+    counts = [np.bincount(branches[segments == n] - n * ROW).tolist() for n in range(int(segments.max()) + 1)]
+    return [(prompt, responses) for prompt, *responses in counts]

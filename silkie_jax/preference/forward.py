@@ -33,7 +33,12 @@ def response_scores(
     kernel: Kernel = PLAIN,
     frozen_head: bool = False,
 ) -> Scores:
-    """Scores of each branch's labels, in training mode."""
+    """Scores of each branch's labels, in training mode.
+
+    `features` are of each sequence's images [B, M, 256, W], encoded once each, however often a sequence shows them.
+    """
+    if features is not None and "spans" in batch:
+        features = jax.vmap(lambda images, spans: images[spans])(features, batch["spans"])
     hidden = model.hidden(
         batch["tokens"],
         batch["positions"],

@@ -17,7 +17,10 @@ from silkie_jax.preference.plan import Plan
 
 
 class Shape(NamedTuple):
-    """Padded sizes of a step: its batches, the sequences of each, then the most of a sequence."""
+    """Padded sizes of a step: its batches, the sequences of each, then the most of a sequence.
+
+    `spans` are a sequence's <img> where some rows have views; 0: each image has one, in order.
+    """
 
     batches: int
     sequences: int
@@ -26,6 +29,7 @@ class Shape(NamedTuple):
     pairs: int
     images: int
     branches: int
+    spans: int = 0
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -136,11 +140,11 @@ class Grid:
 def make_shape(
     batches: int,
     sequences: int,
-    sizes: Int[np.ndarray, "G 6"] | Sequence[Int[np.ndarray, "6"]],
+    sizes: Int[np.ndarray, "G S"] | Sequence[Int[np.ndarray, "S"]],
     fine: bool = False,
 ) -> Shape:
-    """The shape that holds sequences of these sizes (layout.SIZES, summed over a sequence's rows)."""
-    tokens, labels, pair_count, images, branches, _ = np.max(sizes, axis=0).tolist()
+    """The shape that holds sequences of these sizes (layout.SIZES and VIEW_SIZES, summed over a sequence's rows)."""
+    tokens, labels, pair_count, images, branches, _, *views = np.max(sizes, axis=0).tolist()
     return Shape(
         batches,
         sequences,
@@ -149,6 +153,7 @@ def make_shape(
         pairs=round_up(max(pair_count, 1), 6),
         images=images,
         branches=round_up(max(branches, 1), 4),
+        spans=views[0] if any(views[1:]) else 0,
     )
 
 

@@ -25,13 +25,15 @@ from silkie_jax.preference.rows import Row, RowTooLong, pack_row, packed_length,
 
 UNUSABLE, TOO_LONG = -1, 0  # in the place of a row's tokens: nothing to train on; images that leave no room for a reply
 SIZES = ("tokens", "labels", "pairs", "images", "branches", "cut")
+VIEW_SIZES = ("spans", "segments")  # further columns, where a row has views: the row's <img>; prompts (0: no views)
 _AT_ONCE = 256  # records that a thread lays out at once
 
 
 def row_sizes(row: Row) -> tuple[int, ...]:
-    """SIZES of a row; `cut` counts the tokens that its length limit left out."""
+    """SIZES and VIEW_SIZES of a row; `cut` counts the tokens that its length limit left out."""
     cut = row.dropped_prompt + sum(row.dropped_responses)
-    return len(row.tokens), len(row.labels), len(row.pairs), len(row.images), len(row.responses), cut
+    views = len(row.spans), row.segments if row.views else 0
+    return len(row.tokens), len(row.labels), len(row.pairs), len(row.images), len(row.responses), cut, *views
 
 
 class Layout:
@@ -39,9 +41,10 @@ class Layout:
 
     Attributes:
         sizes: [R, 6], SIZES of each record's row; UNUSABLE or TOO_LONG in the place of the tokens where it has none.
+            [R, 8], VIEW_SIZES beside them, where a row has views.
     """
 
-    def __init__(self, sizes: Int[np.ndarray, "R 6"], tokens: Int[np.ndarray, " Z"] | None):
+    def __init__(self, sizes: Int[np.ndarray, "R S"], tokens: Int[np.ndarray, " Z"] | None):
         self.sizes, self._tokens = sizes, tokens
         self._starts = np.concatenate([[0], np.cumsum(_packed_lengths(sizes))])
 
@@ -106,9 +109,9 @@ def published(path: Path) -> Iterator[IO[bytes]]:
 
 def _measure(
     corpus: CorpusReader, make: Callable[[Record], Row | None], workers: int, write: Callable[[bytes], object]
-) -> Int[np.ndarray, "R 6"]:
-    """SIZES of every record's row; the rows themselves, packed, are written one after the other."""
-    table = np.zeros((len(corpus), len(SIZES)), np.int32)
+) -> Int[np.ndarray, "R S"]:
+    """The sizes of every record's row; the rows themselves, packed, are written one after the other."""
+    table = np.zeros((len(corpus), len(SIZES + VIEW_SIZES)), np.int32)
 
     def fill(first: int) -> tuple[int, bytes]:
         some = range(first, min(first + _AT_ONCE, len(corpus)))
@@ -133,7 +136,7 @@ def _measure(
         for count, data in _in_order(pool, fill, range(0, len(corpus), _AT_ONCE), 2 * workers):
             write(data)
             bar.update(count)
-    return table
+    return table if table[:, -1].any() else table[:, : len(SIZES)].copy()
 
 
 def _in_order(
@@ -149,15 +152,15 @@ def _in_order(
         yield future.result()
 
 
-def _packed_lengths(sizes: Int[np.ndarray, "R 6"]) -> Int[np.ndarray, " R"]:
-    tokens, _, pairs, _, branches, _ = sizes.astype(np.int64).T
-    return np.where(tokens > 0, packed_length(tokens, branches, pairs), 0)
+def _packed_lengths(sizes: Int[np.ndarray, "R S"]) -> Int[np.ndarray, " R"]:
+    tokens, _, pairs, images, branches, _, *views = sizes.astype(np.int64).T
+    return np.where(tokens > 0, packed_length(tokens, branches, pairs, images, *views), 0)
 
 
 def _load(file: Path, records: int) -> Layout | None:
     try:
         sizes = np.load(file)
-        if sizes.shape != (records, len(SIZES)):
+        if sizes.shape not in ((records, len(SIZES)), (records, len(SIZES + VIEW_SIZES))):
             return None
         path, length = file.with_suffix(".tokens"), int(_packed_lengths(sizes).sum())
         if path.stat().st_size != 4 * length:

@@ -19,13 +19,13 @@ class Plan:
     """The steps of a run.
 
     Args:
-      sizes: SIZES (layout.py) of each record that is trained on, [I, 6].
+      sizes: SIZES (layout.py) of each record that is trained on, [I, 6]; with VIEW_SIZES [I, 8].
       rows: most instructions of a step.
       pairs: most pairs of a step; None: not limited. A row's pairs stay together.
       seed: of the order; None: the records' own order, unsorted.
     """
 
-    def __init__(self, sizes: Int[np.ndarray, "I 6"], rows: int, pairs: int | None = None, seed: int | None = 0):
+    def __init__(self, sizes: Int[np.ndarray, "I S"], rows: int, pairs: int | None = None, seed: int | None = 0):
         self.sizes, self.rows, self.pairs, self.seed = sizes, rows, pairs, seed
         self._lock = threading.Lock()
         self._starts = [0]  # the first step of each epoch seen so far, and of the next one

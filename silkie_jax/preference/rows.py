@@ -7,11 +7,21 @@
     predicted by             | 3  4  5 | 3  7     its first token by the LAST PROMPT TOKEN, also in branch 2
 
 A token sees the prompt and its own branch only, so each branch is what `prompt + response` would be as a sequence
-of its own, and the prompt with its pictures is computed once. Prompt form, labels and lengths are those of Silkie's
+of its own, and the prompt with its pictures is computed once.
+
+Responses may have views: pictures of their own among the record's, or a condition that follows the question. Those of
+one view share a segment, `[prompt | branches]`, and segments stand one after the other like rows that are packed, their
+branches numbered from 0, 64, 128, ...: nothing that reads a row must know of them but what counts and places pictures.
+
+    token         p  p | a  a | q  q  q | b  b       a's prompt is p, b's is q
+    branches      0  0   1  1  64 64 64  65 65
+    positions     0  1   2  3   0  1  2   3  4
+
+Prompt form, labels and lengths are those of Silkie's
 training (ChatML through Qwen's `preprocess`, trl 0.7.2's truncation), except that a picture is never cut.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +32,7 @@ from silkie_jax.corpus.schema import MOST_RESPONSES
 from silkie_jax.errors import UserError
 from silkie_jax.models.qwen_vl import chat
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
+from silkie_jax.nn.attention import ROW
 
 if TYPE_CHECKING:
     from silkie_jax.corpus.schema import Record
@@ -36,6 +47,23 @@ class RowTooLong(UserError):
 
 
 @dataclass(frozen=True)
+class Views:
+    """The segments of a row whose responses have views.
+
+    Attributes:
+        prompts: tokens of each segment's prompt.
+        segments: of each branch, the segment that it stands in.
+        shown: of each image of the row, its index among the record's.
+        spans: of each `<img>` of the row, in order, which of the row's images stands there.
+    """
+
+    prompts: tuple[int, ...]
+    segments: tuple[int, ...]
+    shown: tuple[int, ...]
+    spans: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Row:
     """One record's tokens and labels (see the module's docstring), all arrays int32.
 
@@ -43,15 +71,16 @@ class Row:
         id: the record's.
         tokens: [T] prompt, then the branches.
         positions: [T] for the rotary embedding.
-        branches: [T] 0 for the prompt, 1..K for the responses.
+        branches: [T] 0 for the prompt, 1..K for the responses; from 64, 128, ... on in further segments.
         predecessors: [N] row index of the token that predicts label n.
         labels: [N] the labelled tokens, branch after branch.
-        label_branches: [N] 1..K.
+        label_branches: [N] 1..K, whatever segments the branches stand in.
         pairs: [P, 2] chosen and rejected as 0-based branch numbers (branch k + 1 of the row is number k).
         responses: of each branch, the index into the record's responses.
-        images: the record's image files in the order of their spans.
-        dropped_prompt: tokens of the prompt that truncation left out.
+        images: the record's image files in the order of their spans; with views, each that is shown, once.
+        dropped_prompt: tokens of the prompts that truncation left out.
         dropped_responses: of each branch, the tokens that truncation left out.
+        views: None where all responses answer the record's prompt with all its images.
     """
 
     id: str
@@ -66,6 +95,17 @@ class Row:
     images: tuple[bytes, ...]
     dropped_prompt: int
     dropped_responses: tuple[int, ...]
+    views: Views | None = None
+
+    @property
+    def spans(self) -> tuple[int, ...]:
+        """Of each `<img>`, in order, which of the row's images stands there."""
+        return tuple(range(len(self.images))) if self.views is None else self.views.spans
+
+    @property
+    def segments(self) -> int:
+        """How many prompts the row has."""
+        return 1 if self.views is None else len(self.views.prompts)
 
     @property
     def truncated(self) -> bool:
@@ -80,6 +120,7 @@ def make_row(
     responses: Sequence[int] | None = None,
     max_length: int = 2048,
     max_prompt_length: int | None = None,
+    conditions: Mapping[int, str] | None = None,
     specials: bool = False,
 ) -> Row:
     """Lays out a record.
@@ -91,8 +132,9 @@ def make_row(
     prompt is cut to its last `max_prompt_length` tokens (default: half), and if that is not enough the responses to
     their first `max_length - max_prompt_length` (trl's `keep_end`). Where that would cut a picture, see `_shorten`.
     The longest of ALL the record's responses is meant: so a response has the same log-probability in every row it
-    is part of, whether scored or compared, under whichever pair rule.
+    is part of, whether scored or compared, under whichever pair rule. Each segment is cut by itself.
 
+    `conditions` holds, of responses by their index, a text that follows the question on lines of its own.
     `specials=True` parses special tokens in the texts, as the original did: only to compare with it.
     Raises RowTooLong if the pictures leave no room for a single token of a response.
     """
@@ -109,34 +151,69 @@ def make_row(
     if len(number) > MOST_RESPONSES:
         raise UserError(f"record {record.id!r} has {len(number)} responses to compare; a row holds {MOST_RESPONSES}")
 
-    messages = _prompt_messages(tokenizer, record, specials)
-    prompt = [token for message in messages for token in message.tokens]
-    whole_prompt = len(prompt)
+    seen = [(record.view(index), (conditions or {}).get(index, "")) for index in responses]
+    distinct = list(dict.fromkeys(seen))  # a segment each
     encoded = [_response_tokens(tokenizer, response.text, specials) for response in record.responses]
-    limit = max(map(len, encoded))
+    longest = max(map(len, encoded))
+    prompts, limits, dropped = [], [], 0
+    for images, condition in distinct:
+        messages = _prompt_messages(tokenizer, record, specials, len(images), condition)
+        prompt, limit, lost = _fit(tokenizer, messages, longest, max_length, max_prompt_length, record.id)
+        prompts.append(prompt)
+        limits.append(limit)
+        dropped += lost
+
+    segments = [distinct.index(view) for view in seen]
+    whole = [encoded[index] for index in responses]
+    kept = [ids[: limits[segment]] for ids, segment in zip(whole, segments, strict=True)]
+    tokens = []
+    for segment, prompt in enumerate(prompts):
+        tokens += prompt
+        tokens += [token for ids, own in zip(kept, segments, strict=True) if own == segment for token in ids]
+    lengths, every, views = tuple(map(len, prompts)), tuple(range(len(record.images))), None
+    shown = tuple(sorted({image for images, _ in distinct for image in images}))
+    if distinct != [(every, "")]:
+        spans = tuple(shown.index(image) for images, _ in distinct for image in images)
+        views = Views(lengths, tuple(segments), shown, spans)
+    return Row(
+        id=record.id,
+        **_arrays(tokens, lengths, segments, list(map(len, kept)), len(chat.reply_opening(tokenizer))),
+        pairs=np.array([(number[a], number[b]) for a, b in pairs], np.int32).reshape(-1, 2),
+        responses=tuple(responses),
+        images=tuple(record.images[image] for image in shown),
+        dropped_prompt=dropped,
+        dropped_responses=tuple(len(ids) - len(some) for ids, some in zip(whole, kept, strict=True)),
+        views=views,
+    )
+
+
+def _fit(
+    tokenizer: Tokenizer,
+    messages: list["_Message"],
+    longest: int,
+    max_length: int,
+    max_prompt_length: int,
+    name: str,
+) -> tuple[list[int], int, int]:
+    """(prompt, tokens that a response may have, tokens that the prompt lost) where the longest response has so many.
+
+    Raises:
+      RowTooLong: the pictures leave no room.
+    """
+    prompt = [token for message in messages for token in message.tokens]
+    whole, limit = len(prompt), longest
     if len(prompt) + limit > max_length:
         prompt = _shorten(tokenizer, messages, max_prompt_length, max_length - limit)
     if len(prompt) + limit > max_length:
         limit = max_length - max(max_prompt_length, len(prompt))
         opening = len(chat.reply_opening(tokenizer))
         if limit <= opening:
+            images = sum(message.images for message in messages)
             raise RowTooLong(
-                f"record {record.id}: the prompt with {len(record.images)} images takes {max_length - limit} tokens, "
+                f"record {name}: the prompt with {images} images takes {max_length - limit} tokens, "
                 f"a response {opening + 1} or more: {opening + 1 - limit} more than max_length = {max_length}"
             )
-
-    kept = [encoded[index] for index in responses]
-    tokens = [*prompt, *(token for ids in kept for token in ids[:limit])]
-    counts = [len(prompt), *(min(len(ids), limit) for ids in kept)]
-    return Row(
-        id=record.id,
-        **_arrays(np.array(tokens, np.int32), np.array(counts, np.int32), len(chat.reply_opening(tokenizer))),
-        pairs=np.array([(number[a], number[b]) for a, b in pairs], np.int32).reshape(-1, 2),
-        responses=tuple(responses),
-        images=tuple(record.images),
-        dropped_prompt=whole_prompt - len(prompt),
-        dropped_responses=tuple(max(len(ids) - limit, 0) for ids in kept),
-    )
+    return prompt, limit, whole - len(prompt)
 
 
 def branched_row(id: str, prompt: Sequence[int], whole: Sequence[Sequence[int]], images: tuple[bytes, ...]) -> Row:
@@ -158,8 +235,7 @@ def branched_row(id: str, prompt: Sequence[int], whole: Sequence[Sequence[int]],
     while common < len(prompt) and len({ids[common] for ids in whole}) == 1:
         common += 1
     tokens = [*whole[0][:common], *(token for ids in whole for token in ids[common:])]
-    counts = np.array([common, *(len(ids) - common for ids in whole)], np.int32)
-    arrays = _arrays(np.array(tokens, np.int32), counts, opening=0)
+    arrays = _arrays(tokens, [common], [0] * len(whole), [len(ids) - common for ids in whole], opening=0)
     counted = arrays["positions"][_label_places(arrays)] >= len(prompt)
     labels = ("predecessors", "labels", "label_branches")
     return Row(
@@ -170,6 +246,7 @@ def branched_row(id: str, prompt: Sequence[int], whole: Sequence[Sequence[int]],
         images=images,
         dropped_prompt=0,
         dropped_responses=(0,) * len(whole),
+        views=None,
     )
 
 
@@ -178,20 +255,54 @@ def _label_places(arrays: dict[str, np.ndarray]) -> Int32[np.ndarray, " N"]:
     return np.flatnonzero(arrays["branches"] > 0).astype(np.int32)
 
 
-def _arrays(tokens: Int32[np.ndarray, " T"], counts: Int32[np.ndarray, " B"], opening: int) -> dict[str, np.ndarray]:
-    """What follows from a row's tokens, how many of them are the prompt's and each branch's, and a reply's opening."""
-    branches = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    offsets = np.arange(len(tokens), dtype=np.int32) - np.repeat(np.cumsum(counts, dtype=np.int32) - counts, counts)
-    at = np.flatnonzero((branches > 0) & _is_label(offsets, opening)).astype(np.int32)
+def _arrays(
+    tokens: Sequence[int] | Int32[np.ndarray, " T"],
+    prompts: Sequence[int],
+    segments: Sequence[int],
+    lengths: Sequence[int],
+    opening: int,
+) -> dict[str, np.ndarray]:
+    """What follows from a row's tokens and how they are divided.
+
+    Args:
+      tokens: of the row: of each segment its prompt, then its branches.
+      prompts: tokens of each segment's prompt.
+      segments, lengths: of each branch, its segment and its tokens.
+      opening: tokens of a reply's opening, of which the first alone counts.
+    """
+    # Pieces, prompts first: what stands in `branches`, the branch's number (0: a prompt), tokens, segment.
+    pieces = np.array(
+        [
+            [*(ROW * np.arange(len(prompts))), *_branch_ids(segments)],
+            [*([0] * len(prompts)), *range(1, len(segments) + 1)],
+            [*prompts, *lengths],
+            [*range(len(prompts)), *segments],
+        ],
+        np.int32,
+    )
+    ids, numbers, counts, own = pieces[:, np.argsort(pieces[0])]  # as they stand in the row
+    starts = np.cumsum(counts, dtype=np.int32) - counts
+    before = np.array(prompts, np.int32)[own]  # tokens of the prompt that a piece belongs to
+    ends = starts[numbers == 0][own] + before  # and where it ends
+    piece = np.repeat(np.arange(len(ids)), counts)
+    offsets = np.arange(len(tokens), dtype=np.int32) - starts[piece]
+    answers = numbers[piece] > 0
+    at = np.flatnonzero(answers & _is_label(offsets, opening)).astype(np.int32)
+    ids_of_tokens = np.asarray(tokens, np.int32)
     return {
-        "tokens": tokens,
-        "positions": np.where(branches > 0, counts[0] + offsets, offsets),
-        "branches": branches,
+        "tokens": ids_of_tokens,
+        "positions": np.where(answers, before[piece] + offsets, offsets),
+        "branches": ids[piece],
         # The first token of every branch is predicted by the last one of the prompt, each other one by that before it.
-        "predecessors": np.where(offsets[at] == 0, counts[0], at) - 1,
-        "labels": tokens[at],
-        "label_branches": branches[at],
+        "predecessors": np.where(offsets[at] == 0, ends[piece[at]], at) - 1,
+        "labels": ids_of_tokens[at],
+        "label_branches": numbers[piece[at]],
     }
+
+
+def _branch_ids(segments: Sequence[int]) -> list[int]:
+    """What stands in `branches` of each branch, which are numbered within their segments."""
+    return [ROW * own + 1 + list(segments[:place]).count(own) for place, own in enumerate(segments)]
 
 
 def _is_label(offsets: Int32[np.ndarray, " N"], opening: int) -> np.ndarray:
@@ -201,32 +312,50 @@ def _is_label(offsets: Int32[np.ndarray, " N"], opening: int) -> np.ndarray:
 
 def pack_row(row: Row) -> Int32[np.ndarray, " Z"]:
     """A row in one array, for `unpack_row`; its id and images are the record's."""
-    counts = np.bincount(row.branches)
-    opening = row.predecessors[1] + 1 - counts[0]  # the offset of the first branch's second label
+    views = row.views or Views((int((row.branches == 0).sum()),), (0,) * len(row.responses), (), ())
+    counts = [sum(views.prompts), *np.bincount(row.branches)[_branch_ids(views.segments)]]
+    opening = row.predecessors[1] + 1 - views.prompts[0]  # the offset of the first branch's second label
     head = np.array([opening, len(row.responses), len(row.pairs), row.dropped_prompt])
     parts: list[Any] = [head, counts, row.responses, row.dropped_responses, row.pairs.ravel(), row.tokens]
+    if row.views is not None:
+        parts += [[len(views.prompts), len(views.shown)], views.prompts, views.segments, views.shown, views.spans]
     return np.concatenate(parts).astype(np.int32)
 
 
-def packed_length(tokens: Int[np.ndarray, "*N"], branches: Int[np.ndarray, "*N"], pairs: Int[np.ndarray, "*N"]) -> Any:
-    """Numbers that `pack_row` takes for rows of so many tokens, branches and pairs."""
-    return 5 + 3 * branches + 2 * pairs + tokens
+def packed_length(
+    tokens: Int[np.ndarray, "*N"],
+    branches: Int[np.ndarray, "*N"],
+    pairs: Int[np.ndarray, "*N"],
+    images: Int[np.ndarray, "*N"] | int = 0,
+    spans: Int[np.ndarray, "*N"] | int = 0,
+    segments: Int[np.ndarray, "*N"] | int = 0,
+) -> Any:
+    """Numbers that `pack_row` takes for rows of these sizes (layout.SIZES, VIEW_SIZES)."""
+    views = np.where(np.asarray(segments) > 0, 2 + segments + branches + images + spans, 0)
+    return 5 + 3 * branches + 2 * pairs + tokens + views
 
 
 def unpack_row(packed: Int32[np.ndarray, " Z"], name: str, images: tuple[bytes, ...]) -> Row:
-    """The inverse of `pack_row`."""
+    """The inverse of `pack_row`; `images` are the record's (none: the row gets none, which its text does not need)."""
     opening, branches, pairs, dropped = packed[:4].tolist()
-    counts, responses, cut, chosen, tokens = np.split(
+    counts, responses, cut, chosen, rest = np.split(
         packed[4:], np.cumsum([1 + branches, branches, branches, 2 * pairs])
     )
+    tokens, more = np.split(rest, [counts.sum()])
+    views, within = None, Views((int(counts[0]),), (0,) * branches, (), ())
+    if len(more):
+        parts = np.split(more[2:], np.cumsum([int(more[0]), branches, int(more[1])]))
+        views = within = Views(*(tuple(part.tolist()) for part in parts))
+        images = tuple(images[image] for image in views.shown) if images else ()
     return Row(
         id=name,
-        **_arrays(np.array(tokens), np.array(counts), opening),
+        **_arrays(np.array(tokens), within.prompts, within.segments, counts[1:].tolist(), opening),
         pairs=np.array(chosen).reshape(-1, 2),
         responses=tuple(responses.tolist()),
         images=images,
         dropped_prompt=dropped,
         dropped_responses=tuple(cut.tolist()),
+        views=views,
     )
 
 
@@ -235,7 +364,8 @@ def encode_prompt(tokenizer: Tokenizer, record: "Record", specials: bool = False
 
     Pictures belong to the first message of the user. Texts of the user are stripped, earlier replies are not.
     """
-    return [token for message in _prompt_messages(tokenizer, record, specials) for token in message.tokens]
+    messages = _prompt_messages(tokenizer, record, specials, len(record.images))
+    return [token for message in messages for token in message.tokens]
 
 
 def encode_response(tokenizer: Tokenizer, text: str, specials: bool = False) -> tuple[list[int], list[bool]]:
@@ -265,7 +395,10 @@ class _Message:
     images: int
 
 
-def _prompt_messages(tokenizer: Tokenizer, record: "Record", specials: bool) -> list[_Message]:
+def _prompt_messages(
+    tokenizer: Tokenizer, record: "Record", specials: bool, images: int, condition: str = ""
+) -> list[_Message]:
+    """The messages of a record that shows so many images, with a condition after the question."""
     newline = tokenizer.encode("\n")
 
     def message(role: str, text: list[int], turn: int, pictures: list[int], images: int) -> _Message:
@@ -282,11 +415,11 @@ def _prompt_messages(tokenizer: Tokenizer, record: "Record", specials: bool) -> 
 
     system = tokenizer.encode(chat.SYSTEM)
     messages = [message("system", system, -1, system, 0)]
-    images = len(record.images)
     for turn, (question, reply) in enumerate(record.history):
         messages += [user(question, turn, images), assistant(reply, turn)]
         images = 0
-    return [*messages, user(record.prompt, -1, images)]
+    question = f"{record.prompt.rstrip()}\n{condition}" if condition else record.prompt
+    return [*messages, user(question, -1, images)]
 
 
 def _shorten(tokenizer: Tokenizer, messages: list[_Message], max_prompt_length: int, room: int) -> list[int]:

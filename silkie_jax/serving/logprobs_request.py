@@ -21,7 +21,7 @@ def read_logprobs(body: bytes, model: ServedModel, limits: Limits) -> Record:
       Refused: one line that names the field and the mend.
     """
     given = read_json(body)
-    check_fields(given, {"model", "prompt", "images", "texts", "history"}, {"user"})
+    check_fields(given, {"model", "prompt", "images", "texts", "history", "views"}, {"user"})
     model.check_name(given.get("model"))
     texts, urls = given.get("texts"), given.get("images") or []
     if not isinstance(texts, list) or not texts:
@@ -34,11 +34,12 @@ def read_logprobs(body: bytes, model: ServedModel, limits: Limits) -> Record:
         raise Refused(f"images must be a list of data URLs, not {shown(urls)}", param="images")
     if len(urls) > limits.images:
         raise Refused(f"images: a request may show {limits.images}, not {len(urls)}", param="images")
+    views = read_views(given.get("views"), len(texts), len(urls))
     record = Record(
         id="request",
         images=tuple(_image(entry, f"images[{i}]", model, limits) for i, entry in enumerate(urls)),
         prompt=text(given.get("prompt"), "prompt"),
-        responses=tuple(Response(text(entry, f"texts[{i}]")) for i, entry in enumerate(texts)),
+        responses=tuple(Response(text(entry, f"texts[{i}]"), images=views[i]) for i, entry in enumerate(texts)),
         history=_history(given.get("history")),
     )
     model.check_length(sum(map(len, (record.prompt, *texts, *(said for turn in record.history for said in turn)))))
@@ -63,6 +64,31 @@ def _image(entry: Any, name: str, model: ServedModel, limits: Limits) -> bytes:
     return image(entry.get("url") if isinstance(entry, dict) else entry, name, model.image_size, limits).file
 
 
+def read_views(given: Any, texts: int, images: int) -> list[tuple[int, ...] | None]:
+    """Of each text, which of the images it replies to, in the order in which they are shown; None: all of them.
+
+    Raises:
+      Refused: as `read_logprobs` does.
+    """
+    if given is None:
+        return [None] * texts
+    if not isinstance(given, list) or len(given) != texts:
+        raise Refused(f"views must be a list with an entry for each of the {texts} texts", param="views")
+    for i, view in enumerate(given):
+        fits = view is None or (
+            isinstance(view, list)
+            and all(type(image) is int and 0 <= image < images for image in view)
+            and len(set(view)) == len(view)
+        )
+        if not fits:
+            raise Refused(
+                f"views[{i}] must be null, or a list of different images by their number, from 0 and below {images}, "
+                f"not {shown(view)}",
+                param="views",
+            )
+    return [view if view is None else tuple(view) for view in given]
+
+
 def _history(given: Any) -> tuple[tuple[str, str], ...]:
     """Earlier turns, each of a user's text and the reply."""
     turns = [] if given is None else given
@@ -79,6 +105,6 @@ def logprobs_reply(model: ServedModel, scored: Scored) -> dict[str, object]:
         {"index": i, "logprob": float(logp), "tokens": tokens}
         for i, (logp, tokens) in enumerate(zip(scored.logps, counts, strict=True))
     ]
-    prompt = int((scored.row.branches == 0).sum())
+    prompt = int((scored.row.branches % ROW == 0).sum())  # of each view
     usage = {"prompt_tokens": prompt, "total_tokens": len(scored.row.tokens)}
     return {"object": "logprobs", "model": model.name, "data": data, "usage": usage}

@@ -8,6 +8,7 @@ from silkie_jax.corpus.imitation import check_imitate, plain_imitate
 from silkie_jax.errors import UserError
 from silkie_jax.models.qwen_vl.flops import Training
 from silkie_jax.nn.quantize import METHODS
+from silkie_jax.preference.condition import check_condition
 from silkie_jax.preference.losses import LossOptions, check_loss
 
 OBJECTIVES = ("dpo", "sft")
@@ -77,7 +78,8 @@ class TrainConfig:
     run_dir: str = ""
     adapter: str | None = None  # start from this PEFT folder; its rank, alpha and targets replace `lora`
     objective: str = "dpo"
-    imitate: Any = None  # responses that sft imitates, by name or with options; None: chosen
+    imitate: Any = None  # responses that sft imitates, by name or with options; None: chosen, with a condition all
+    condition: Any = None  # of sft: what is said of each response below its question
     loss: str = "sigmoid"
     beta: float = 0.1
     label_smoothing: float = 0.0
@@ -139,7 +141,7 @@ def _resolve(config: TrainConfig) -> None:
     if config.max_prompt_length is None:
         config.max_prompt_length = config.max_length // 2
     if config.objective == "sft" and config.imitate is None:
-        config.imitate = "chosen"
+        config.imitate = "all" if config.condition else "chosen"
     if isinstance(config.imitate, dict):
         config.imitate = plain_imitate(config.imitate)
     if config.objective == "dpo" and config.reference is None:
@@ -243,12 +245,15 @@ def _check(config: TrainConfig, where: str) -> None:
         need(config.reference is None, "reference has no meaning in objective sft; remove it")
         need(config.sft_weight == 0, "sft_weight has no meaning in objective sft; remove it")
         checked(check_imitate, config.imitate)
+        if config.condition is not None:
+            checked(check_condition, config.condition)
         need(
             config.imitate == "chosen" or config.pair_rule is None,
             f"pair_rule has no meaning with imitate {config.imitate}; remove it, or set imitate=chosen",
         )
         return
     need(config.imitate is None, "imitate has no meaning in objective dpo; remove it")
+    need(config.condition is None, "condition has no meaning in objective dpo; remove it")
     one_of("reference", config.reference or "", REFERENCES)
     if config.reference == "adapter_off":
         need(bool(config.lora), "reference adapter_off needs lora; use reference: copy for full fine-tuning")

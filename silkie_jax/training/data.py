@@ -18,6 +18,7 @@ from silkie_jax.hardware.mesh import batch_shards, local_sequences, platform_of
 from silkie_jax.models.qwen_vl.config import QwenVLConfig
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.preference.batches import BatchSource, Features, ReferenceLogps, RowOptions
+from silkie_jax.preference.condition import read_condition
 from silkie_jax.preference.grid import Grid
 from silkie_jax.preference.layout import SIZES, TOO_LONG, UNUSABLE, lay_out
 from silkie_jax.preference.plan import Plan
@@ -71,7 +72,7 @@ def row_options(config: TrainConfig, corpus: CorpusReader) -> RowOptions:
     """What rows hold, and their limits. Without a rule: mean_rating, or the given pairs of a corpus without ratings.
 
     Raises:
-      UserError: the corpus cannot serve the rule, or has no ratings to find the best response by.
+      UserError: the corpus cannot serve the rule or the condition, or has no ratings to find the best response by.
     """
     rule = None
     if config.imitate:
@@ -79,7 +80,9 @@ def row_options(config: TrainConfig, corpus: CorpusReader) -> RowOptions:
     if config.imitate is None or config.imitate == "chosen":
         rule = config.pair_rule or ("mean_rating" if corpus.aspects else "given")
         check_rule(rule, corpus.aspects)
-    return RowOptions(rule, config.objective, config.max_length, config.max_prompt_length, config.imitate or "chosen")
+    condition = read_condition(config.condition, corpus.aspects) if config.condition else None
+    lengths = config.max_length, config.max_prompt_length
+    return RowOptions(rule, config.objective, *lengths, config.imitate or "chosen", condition)
 
 
 def open_data(config: TrainConfig, mesh: Mesh, corpus: CorpusReader, tokenizer: Tokenizer) -> Data:
@@ -141,6 +144,8 @@ def _skipped(corpus: CorpusReader, sizes: Int[np.ndarray, "R 6"], options: RowOp
     lacking = {"all": "a response", "best": "a rated response"}.get(imitate_name(options.imitate), "a pair")
     if isinstance(options.imitate, Mapping) and "at_least" in options.imitate:
         lacking += f" of at least {options.imitate['at_least']:g}"
+    if options.condition is not None:
+        lacking += " with all ratings of the condition"
     return Skipped(
         unusable=int((tokens == UNUSABLE).sum()),
         lacking=lacking,

@@ -120,6 +120,8 @@ class Program:
             sizes["features"] = ((shape.images, IMAGE_TOKENS, width), jnp.dtype(self.config.dtype))
         elif shape.images:
             sizes["images"] = ((shape.images, side, side, 3), jnp.uint8)
+        if shape.spans:
+            sizes["spans"] = ((shape.spans,), jnp.int32)
         if self.config.reference == "precomputed":
             sizes["reference_logps"] = ((shape.branches,), jnp.float32)
         where = batch_sharding(self.mesh, leading=1)

@@ -1,8 +1,11 @@
 """A record survives the disk exactly, and TFDS reads what we write."""
 
+import hashlib
+import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -33,8 +36,18 @@ records = st.builds(
 )
 
 
+@st.composite
+def viewed(draw):
+    """Records with responses that name their images."""
+    record = draw(records)
+    of = st.none() | st.permutations(range(len(record.images))).flatmap(
+        lambda order: st.integers(0, len(order)).map(lambda count: tuple(order[:count]))
+    )
+    return replace(record, responses=tuple(replace(response, images=draw(of)) for response in record.responses))
+
+
 @settings(deadline=None, max_examples=60)
-@given(records)
+@given(records | viewed())
 def test_round_trip_is_exact(record):
     data = to_example(record)
     assert from_example(data) == record
@@ -43,7 +56,7 @@ def test_round_trip_is_exact(record):
 
 
 @settings(deadline=None, max_examples=20)
-@given(records)
+@given(records | viewed())
 def test_the_layout_is_that_of_tfds(record):
     """TFDS, given the same content, writes the same message (but for the order of its fields)."""
     from tensorflow_datasets.proto import tf_example_pb2
@@ -57,6 +70,7 @@ def test_the_layout_is_that_of_tfds(record):
         "history": [{"user": user, "assistant": assistant} for user, assistant in record.history],
         "responses": [
             {"text": r.text, "model": r.model, "ratings": ratings, "rationales": rationales}
+            | ({"images": json.dumps(r.images, separators=(",", ":"))} if record.has_views else {})
             for r, ratings, rationales in zip(
                 record.responses, stored["responses/ratings"], stored["responses/rationales"], strict=True
             )
@@ -65,7 +79,8 @@ def test_the_layout_is_that_of_tfds(record):
         "source": record.source,
         "extra": stored["extra"][0],
     }
-    theirs = features().serialize_example(features().encode_example(example))
+    form = features(record.has_views)
+    theirs = form.serialize_example(form.encode_example(example))
     assert tf_example_pb2.Example.FromString(theirs) == ours
 
 
@@ -79,6 +94,18 @@ def test_bytes_do_not_depend_on_the_process():
     assert len(hashes) == 1
 
 
+def test_a_record_without_views_has_the_bytes_that_it_had_before_there_were_views():
+    plain = Record("a", (b"i", b"j"), "p", (Response("t", "m", {"x": 1.0}), Response("u")), extra={"k": [1]})
+    digest = hashlib.sha256(to_example(plain)).hexdigest()
+    assert digest == "6c63e30a0717207e26ebca0cbbf7cf179f28e741a255b59cd8749856e811aad8"
+    assert not plain.has_views
+    assert [plain.view(0), plain.view(1)] == [(0, 1)] * 2
+    own = replace(plain, responses=(replace(plain.responses[0], images=(1,)), plain.responses[1]))
+    assert own.has_views
+    assert [own.view(0), own.view(1)] == [(1,), (0, 1)]
+    assert from_example(to_example(own)) == own
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="not a"):
         from_example(b"\xff\xff")
@@ -86,6 +113,9 @@ def test_bad_input_is_named():
         from_example(b"")
     with pytest.raises(ValueError, match="pair"):
         Record("a", (), "p", (Response("x"),), pairs=((0, 1),))
+    for images in ((1,), (-1,), (0, 0)):
+        with pytest.raises(ValueError, match="record a: response 0 shows images"):
+            Record("a", (b"i",), "p", (Response("x", images=images),))
     with pytest.raises(UnicodeEncodeError):
         to_example(Record("a", (), "\ud800", ()))
 

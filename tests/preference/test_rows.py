@@ -4,14 +4,13 @@ import itertools
 import json
 import pickle
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silkie_jax.corpus.schema import MOST_RESPONSES
+from silkie_jax.corpus.schema import MOST_RESPONSES, Record, Response
 from silkie_jax.errors import UserError
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.nn.attention import ROW
@@ -24,13 +23,8 @@ IGNORED = -100  # label of a token that does not count, in the original's arrays
 
 
 def make_record(prompt, *responses, images=0, history=()):
-    return SimpleNamespace(
-        id="r",
-        images=tuple(b"image %d" % n for n in range(images)),
-        prompt=prompt,
-        history=tuple(history),
-        responses=tuple(SimpleNamespace(text=text) for text in responses),
-    )
+    pictures = tuple(b"image %d" % n for n in range(images))
+    return Record("r", pictures, prompt, tuple(map(Response, responses)), tuple(history))
 
 
 def record_of(feature):

@@ -9,7 +9,7 @@ from silkie_jax.errors import UserError
 from silkie_jax.models.qwen_vl.chat import Turn, chat_prompt
 from silkie_jax.serving.chat_request import read_chat
 from silkie_jax.serving.limits import Limits, Refused
-from silkie_jax.serving.logprobs_request import read_logprobs
+from silkie_jax.serving.logprobs_request import read_logprobs, read_views
 from tests.serving.conftest import CONTEXT, data_url, user
 
 
@@ -180,10 +180,27 @@ def test_a_request_for_logprobs_is_a_record(served):
     assert len(record.images) == 1
 
 
+def test_texts_may_reply_to_some_of_the_images():
+    views = read_views([[1], None, [], [1, 0]], 4, 2)
+    assert views == [(1,), None, (), (1, 0)]
+    assert read_views(None, 2, 1) == [None, None]
+    for given, words in (
+        ([[0]], "an entry for each of the 2 texts"),
+        ("0", "an entry for each of the 2 texts"),
+        ([[2], None], r"views\[0\] must be null, or a list of different images by their number, from 0 and below 2"),
+        ([None, [0, 0]], r"views\[1\] must be null"),
+        ([None, [True]], r"views\[1\] must be null"),
+        ([None, 0], r"views\[1\] must be null"),
+    ):
+        with pytest.raises(Refused, match=words):
+            read_views(given, 2, 2)
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
         ({"texts": []}, "at least one text"),
+        ({"views": [[0]]}, r"views\[0\] must be null"),
         ({"texts": ["a"] * 64}, "a row holds 63"),
         ({"texts": [5]}, r"texts\[0\] must be a text"),
         ({"prompt": None}, "prompt must be a text"),

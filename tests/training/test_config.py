@@ -2,13 +2,18 @@
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from silkie_jax.corpus.imitation import check_imitate
+from silkie_jax.corpus.pairs import check_rule
 from silkie_jax.errors import UserError
+from silkie_jax.preference.condition import read_condition
 from silkie_jax.training.config_file import check_same_run, load_config, make_config, save_config
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GIVEN = {"model": "m", "corpus": "c", "run_dir": "r"}
 
 
@@ -44,6 +49,9 @@ def test_what_follows_from_other_keys():
     assert (sft.reference, sft.imitate) == (None, "chosen")
     assert make_config(GIVEN).imitate is None
     assert make_config(GIVEN | {"objective": "sft", "imitate": {"name": "all"}}).imitate == "all"
+    steered = {"objective": "sft", "condition": {"name": "attributes", "best": 4}}
+    assert make_config(GIVEN | steered).imitate == "all"
+    assert make_config(GIVEN | steered | {"imitate": "best"}).imitate == "best"
     assert make_config(GIVEN | {"optimizer": {"schedule": "constant"}}).optimizer.warmup_ratio == 0
     assert make_config(GIVEN | {"steps": 5}).epochs is None
     assert make_config(GIVEN | {"max_length": 600}).max_prompt_length == 300
@@ -92,6 +100,21 @@ def test_a_file_may_extend_another(file, tmp_path):
     assert "loop.yaml: extends more.yaml, which extends it" in refused(load_config, tmp_path / "more.yaml")
     (tmp_path / "train.yaml").write_text("extends: gone.yaml\n")
     assert "gone.yaml: no such config file" in refused(load_config, tmp_path / "more.yaml")
+
+
+@pytest.mark.parametrize("name", ["five-attributes", "rejection", "steerlm"])
+def test_the_uses_of_five_attributes_are_configurations(name):
+    config = load_config(CONFIGS / "systems" / f"{name}.yaml")
+    assert (config.lora.rank, config.lora.alpha, config.optimizer.warmup_ratio) == (128, 256, 0.03)
+    assert config.objective == ("dpo" if name == "five-attributes" else "sft")
+    aspects = ["Helpfulness", "Correctness", "Coherence", "Complexity", "Verbosity"]
+    if config.objective == "dpo":
+        check_rule(config.pair_rule, aspects)
+    else:
+        check_imitate(config.imitate, aspects)
+    assert (config.condition is not None) == (name == "steerlm")
+    if config.condition:
+        assert read_condition(config.condition, aspects).aspects == tuple(aspects)
 
 
 def test_saved_configuration_is_the_same(file, tmp_path):
@@ -229,6 +252,18 @@ def test_rules_over_one_key(key, value, message):
             "pair_rule has no meaning with imitate",
         ),
         ({"imitate": "all"}, "imitate has no meaning in objective dpo; remove it"),
+        ({"condition": {"name": "attributes", "best": 4}}, "condition has no meaning in objective dpo; remove it"),
+        ({"objective": "sft", "condition": "attributes"}, "condition: write {name: attributes, best: 4}"),
+        ({"objective": "sft", "condition": {"name": "mood"}}, "condition: 'mood' is unknown; choose one of attributes"),
+        ({"objective": "sft", "condition": {"name": "attributes"}}, "best is None"),
+        (
+            {"objective": "sft", "condition": {"name": "attributes", "best": 4, "worst": 0}},
+            "unknown option 'worst'; its options: best, aspects",
+        ),
+        (
+            {"objective": "sft", "condition": {"name": "attributes", "best": 4, "aspects": "A"}},
+            "aspects must be a list of names, not 'A'",
+        ),
         (
             {"objective": "sft", "imitate": "best", "pair_rule": "given"},
             "pair_rule has no meaning with imitate best; remove it, or set imitate=chosen",

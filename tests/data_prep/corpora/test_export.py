@@ -125,3 +125,27 @@ def test_pairs_go_out_and_come_in_again(corpus, tmp_path):
     import_pairs(tmp_path / "out" / "pairs.jsonl", tmp_path / "out", tmp_path / "back", progress=False)
     back = [(r.prompt, r.responses[0].text, r.responses[1].text, r.images) for r in CorpusReader(tmp_path / "back")]
     assert back == wanted(corpus)
+
+
+@pytest.mark.parametrize("form", ["trl", "llama-factory"])
+def test_pairs_are_exported_with_the_images_that_their_responses_show(tmp_path, form):
+    """And those that show different ones have no place in these forms."""
+    pictures = (picture(1), picture(2))
+
+    def record(number, *views):
+        responses = tuple(Response(text, images=view) for text, view in zip("ab", views, strict=True))
+        return Record(f"r{number}", pictures, "p", responses, pairs=((0, 1),))
+
+    views = [record(1, (1,), (1,)), record(2, (0,), (1,)), record(3, (1, 0), (1, 0)), record(4, (), ())]
+    said = []
+    count = export_pairs(
+        corpus_of(tmp_path / "views", views).path, tmp_path / "out", form=form, rule="given", say=said.append
+    )
+    rows = read(tmp_path / "out" / "pairs.jsonl")
+    assert (count, [row["id"] for row in rows]) == (3, ["r1/0", "r3/0", "r4/0"])
+    found = [[(tmp_path / "out" / path).read_bytes() for path in row["images"]] for row in rows]
+    assert found == [[pictures[1]], [pictures[1], pictures[0]], []]
+    assert said == [f"1 pairs left out: chosen and rejected show different images, which form {form} cannot say"]
+    with pytest.raises(UserError, match="show different images in all pairs"):
+        export_pairs(corpus_of(tmp_path / "apart", views[1:2]).path, tmp_path / "none", form=form, rule="given")
+    assert not (tmp_path / "none").exists()

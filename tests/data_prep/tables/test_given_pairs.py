@@ -4,14 +4,16 @@ import pytest
 
 from data_prep.tables.given_pairs import import_pairs
 from silkie_jax.corpus.pairs import pairs
-from silkie_jax.corpus.reader import CorpusReader
+from silkie_jax.corpus.reader import CorpusReader, read_manifest
 from silkie_jax.corpus.schema import Response
+from silkie_jax.corpus.shards import FORMAT, FORMAT_VIEWS
+from silkie_jax.errors import UserError
 from tests.data_prep.conftest import rejections, write_rows
 
 
-def run(tmp_path, rows, images=None, name="corpus"):
+def run(tmp_path, rows, images=None, name="corpus", **options):
     source = write_rows(tmp_path / f"{name}.jsonl", rows)
-    summary = import_pairs(source, images, tmp_path / name, progress=False)
+    summary = import_pairs(source, images, tmp_path / name, progress=False, **options)
     return summary, list(CorpusReader(tmp_path / name))
 
 
@@ -130,3 +132,55 @@ def test_parquet_with_lists_and_images(tmp_path, images):
     first, second = CorpusReader(tmp_path / "corpus")
     assert (first.images, first.history) == ((data,), (("u", "a"),))
     assert (second.images, second.history) == ((), ())
+
+
+def test_image_pairs(tmp_path, images):
+    """Two images are one for each response; the same text may stand under both."""
+    (images / "merged_images" / "again.jpg").write_bytes((images / "merged_images" / "a.jpg").read_bytes())
+    rows = [
+        {"images": ["a.jpg", "b.jpg"], "prompt": "p", "chosen": "a cat"},
+        {"images": ["b.jpg", "a.jpg"], "prompt": "p", "chosen": "a cat", "rejected": "a cat"},
+        {"images": ["a.jpg", "b.jpg"], "prompt": "p", "chosen": "a cat", "rejected": "a dog"},
+        {"image": "a.jpg", "prompt": "p", "chosen": "a cat", "rejected": "a dog"},
+        {"prompt": "p", "chosen": "a cat", "rejected": "a dog"},
+        {"images": ["a.jpg", "a.jpg"], "prompt": "p", "chosen": "a cat"},
+        {"images": ["a.jpg", "again.jpg"], "prompt": "p", "chosen": "a cat"},
+        {"images": ["a.jpg", "again.jpg"], "prompt": "p", "chosen": "a cat", "rejected": "a dog"},
+        {"images": ["a.jpg", "b.jpg", "c.jpg"], "prompt": "p", "chosen": "a cat"},
+        {"image": "a.jpg", "prompt": "p", "chosen": "a cat"},
+    ]
+    summary, records = run(tmp_path, rows, images, image_pairs=True)
+    views = [[response.images for response in record.responses] for record in records]
+    pair = [(0,), (1,)]
+    assert views == [pair, pair, pair, [(0,), (0,)], [(), ()], pair]
+    assert [[response.text for response in record.responses] for record in records] == [
+        *[["a cat", "a cat"]] * 2,
+        *[["a cat", "a dog"]] * 4,
+    ]
+    files = [(images / "merged_images" / f"{name}.jpg").read_bytes() for name in "ab"]
+    assert [record.images for record in records[:2]] == [tuple(files), tuple(files[::-1])]
+    assert all(pairs(record, "given") == [(0, 1)] for record in records)
+    assert summary.rejected == {"chosen and rejected are the same": 2, "no image pair": 1, "rejected is not a text": 1}
+    assert summary.pairs["given"] == 6
+    # The same rows without the option show both images to both: another corpus, which does not go on with this one.
+    with pytest.raises(UserError, match="made from other input"):
+        run(tmp_path, rows, images)
+    _, records = run(tmp_path, rows[2:3], images, "plain")
+    assert [response.images for response in records[0].responses] == [None, None]
+
+
+def test_a_corpus_of_image_pairs_opens_with_tfds(tmp_path, images):
+    import tensorflow_datasets as tfds
+
+    rows = [
+        {"images": ["a.jpg", "b.jpg"], "prompt": "p", "chosen": "a cat"},
+        {"image": "a.jpg", "prompt": "p", "chosen": "a cat", "rejected": "a dog"},
+    ]
+    run(tmp_path, rows, images, image_pairs=True)
+    source = tfds.builder_from_directory(tmp_path / "corpus").as_data_source("train")
+    assert [list(record["responses"]["images"]) for record in source] == [[b"[0]", b"[1]"], [b"[0]", b"[0]"]]
+    assert read_manifest(tmp_path / "corpus")["format"] == FORMAT_VIEWS
+    run(tmp_path, [row | {"rejected": "x"} for row in rows], images, "plain")
+    assert read_manifest(tmp_path / "plain")["format"] == FORMAT
+    (record, _) = tfds.builder_from_directory(tmp_path / "plain").as_data_source("train")
+    assert "images" not in record["responses"]
