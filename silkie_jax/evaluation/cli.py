@@ -100,6 +100,7 @@ def _add_model(p: argparse.ArgumentParser) -> None:
 
 def _add_asking(p: argparse.ArgumentParser) -> None:
     p.add_argument("--prompt", metavar="NAME", help="wording of the questions; default: the official one")
+    p.add_argument("--after", metavar="FILE", help="text that follows every question: a run's condition.txt")
     p.add_argument("--template", metavar="NAME", help="form around them: chat, bare-image or raw")
     p.add_argument("--temperature", type=float, help="0 is greedy; default: the benchmark's")
     p.add_argument("--top-p", type=float)
@@ -139,7 +140,19 @@ def _path(text: str | None) -> Path | None:
 def _asking(args: argparse.Namespace) -> dict[str, Any]:
     """What `AnswerOptions` is made of."""
     names = ("prompt", "template", "temperature", "top_p", "max_new_tokens", "seed", "limit")
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in names} | {"after": _after(args.after)}
+
+
+def _after(file: str | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        text = Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--after {file}: cannot be read ({e})") from None
+    if not text:
+        raise UserError(f"--after {file}: is empty")
+    return text
 
 
 def _options(args: argparse.Namespace):

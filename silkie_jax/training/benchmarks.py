@@ -18,15 +18,15 @@ from silkie_jax.training.config import BenchmarkConfig, TrainConfig
 
 
 class Benchmarks:
-    """What a run is measured by.
+    """What a run is measured by; `after` follows every question.
 
     Raises:
       UserError: data or an option is not sound, or a benchmark needs what is not to be had while training.
     """
 
-    def __init__(self, config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh, kernel: Kernel):
+    def __init__(self, config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh, kernel: Kernel, after: str | None = None):
         self._tokenizer, self._mesh, self._kernel, self._dtype = tokenizer, mesh, kernel, config.dtype
-        self._asked = [(entry, _questions(entry)) for entry in config.evaluate_with]
+        self._asked = [(entry, _questions(entry, after)) for entry in config.evaluate_with]
         self._context = max((context_of(tokenizer, questions) for _, questions in self._asked), default=0)
 
     def __bool__(self) -> bool:
@@ -61,11 +61,11 @@ class Benchmarks:
         return {key: value for key, value in figures.items() if value == value}
 
 
-def _questions(entry: BenchmarkConfig) -> Questions:
+def _questions(entry: BenchmarkConfig, after: str | None) -> Questions:
     about = find_benchmark(entry.benchmark).ABOUT
     if about.judge is not None and not about.judge_optional:
         raise UserError(f"evaluate_with: {entry.benchmark} needs a judge: use `silkie evaluate run` on a checkpoint")
-    options = AnswerOptions(prompt=entry.prompt, limit=entry.limit, settings=dict(entry.settings))
+    options = AnswerOptions(prompt=entry.prompt, limit=entry.limit, settings=dict(entry.settings), after=after)
     questions = open_questions(entry.benchmark, Path(entry.data), options)
     if questions.by_likelihood:
         raise UserError(f"evaluate_with: {entry.benchmark} compares likelihoods by default; give its entry a prompt")

@@ -8,7 +8,7 @@ from typing import Any
 
 from silkie_jax.corpus.imitation import imitate_name
 from silkie_jax.training.config import TrainConfig
-from silkie_jax.training.run_file import RUN_FILE
+from silkie_jax.training.run_file import CONDITION_FILE, RUN_FILE
 
 _METRICS = {
     "loss": "loss",
@@ -95,6 +95,9 @@ def _facts(config: TrainConfig, run: Path, step: int | None) -> Iterator[tuple[s
         more = {} if isinstance(config.imitate, str) else config.imitate
         options = "".join(f", {key} {value}" for key, value in more.items() if key != "name")
         yield "imitated", f"{imitate_name(config.imitate)} responses{options}"
+        if (run / CONDITION_FILE).exists():
+            lines = (run / CONDITION_FILE).read_text(encoding="utf-8").splitlines()
+            yield "to be asked, below every question", " then ".join(f"`{line}`" for line in lines)
     lora, tower = config.lora, config.train_vision
     yield (
         "trained",

@@ -27,6 +27,7 @@ from silkie_jax.training.meters import Meters
 from silkie_jax.training.metrics import MetricsWriter, check_wandb
 from silkie_jax.training.result import is_finished, save_result
 from silkie_jax.training.run_file import (
+    CONDITION_FILE,
     RUN_FILE,
     as_it_began,
     check_contents,
@@ -44,8 +45,9 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
     """Runs or continues a training run and returns its folder.
 
     The folder holds config.yaml, run.json (what the run is known by), metrics.jsonl, checkpoints/, tensorboard/,
-    skipped.jsonl (records that were cut or left out, and why) and at the end adapter/ (LoRA) and model/ (where base
-    weights were trained). With `profile` an XLA trace of so many steps goes to profile/.
+    skipped.jsonl (records that were cut or left out, and why), condition.txt (what the policy is to be asked, where it
+    is trained with a condition) and at the end adapter/ (LoRA) and model/ (where base weights were trained). With
+    `profile` an XLA trace of so many steps goes to profile/.
 
     Raises:
       UserError: what is wrong with the configuration, the model, the corpus or the folder.
@@ -66,7 +68,9 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
         contents = read_contents(corpus, tokenizer)
         check_contents(run, config, contents)
         data = open_data(config, mesh, corpus, tokenizer)
-        benchmarks = Benchmarks(config, tokenizer, mesh, kernel)
+        condition = data.train.options.condition
+        asked = condition.asked if condition else None
+        benchmarks = Benchmarks(config, tokenizer, mesh, kernel, asked)
     tower = Tower(b"", b"")
     if config.features == "precomputed":
         with together():
@@ -105,6 +109,8 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
             save_config(config, run / "config.yaml")
             save_contents(run, contents)
             data.skipped.write(run / "skipped.jsonl")
+            if asked:
+                (run / CONDITION_FILE).write_text(asked + "\n", encoding="utf-8")
             print(describe(trainer, data, done), flush=True)
         metrics = MetricsWriter(run, done, steps, wandb=config.wandb, active=main)
     stop, start = StopRequest(), Start(config, done, stored.folder if stored else None, metrics.say)

@@ -19,6 +19,8 @@ from silkie_jax.scoring.store import Identity
 from silkie_jax.training.config import TrainConfig
 
 RUN_FILE = "run.json"
+CONDITION_FILE = "condition.txt"
+"""What the policy is to be asked below every question, where it is trained with a condition."""
 Contents = dict[str, str | None]  # fingerprints by name
 
 

@@ -133,6 +133,13 @@ def test_a_part_is_drawn_by_image_and_for_good(folder, tmp_path):
     assert files.draw(every, None) == files.draw(every, 1000) == every
 
 
+def test_a_text_may_follow_every_question(folder):
+    plain, more = ask(folder, "few"), ask(folder, "few", after="Rated so:\nA:4")
+    assert [more.text(item) for item in more.items] == [f"{plain.text(i)}\nRated so:\nA:4" for i in plain.items]
+    assert (plain.origin.prompt, more.origin.prompt) == (plain.style, f"{plain.style}, then 'Rated so:\\nA:4'")
+    assert dataclasses.replace(more.origin, prompt=plain.style) == plain.origin
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_templates_differ_in_their_form_alone(folder, template):
     tokenizer = Tokenizer.from_folder(folder / "model")

@@ -23,7 +23,7 @@ Check = Callable[[Path], Iterator[str]]
 CHECKS: dict[str, Check] = {
     "allava_replies": allava.replies,
     "csr_trees": csr.trees,
-    "mllm_dpo": mllm_dpo.groups,
+    "mllm_dpo": mllm_dpo.ratings,
     "sima_critic": sima.critic,
     "spa_judgement": spa_judgement.judgement,
 }

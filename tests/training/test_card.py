@@ -54,6 +54,15 @@ def test_of_a_checkpoint_nothing_later_is_said(run):
     assert "supervised fine-tuning" in card
 
 
+def test_a_policy_trained_with_a_condition_says_what_it_is_to_be_asked(run):
+    config = make_config(RUN | {"objective": "sft", "imitate": {"name": "best", "at_least": 12}})
+    assert "| imitated | best responses, at_least 12 |" in model_card(config, run, "best")
+    (run / "condition.txt").write_text("Rated so:\nA:4,B:4\n")
+    config = make_config(RUN | {"objective": "sft", "condition": {"name": "attributes", "best": 4}})
+    card = model_card(config, run, "steered")
+    assert "| to be asked, below every question | `Rated so:` then `A:4,B:4` |" in card
+
+
 def test_an_adapter_is_used_over_its_base(run):
     config = make_config(RUN)
     card = model_card(config, run, "mine-adapter", adapter=True)

@@ -19,6 +19,7 @@ class AnswerOptions:
 
     Attributes:
         prompt: one of the benchmark's prompts.
+        after: a text that follows every question on lines of its own: what a model was trained to be asked.
         template: one of `models.qwen_vl.chat.TEMPLATES`.
         temperature, top_p, max_new_tokens: of decoding.
         seed: of draws; an item draws as its id says, whatever else is asked.
@@ -33,6 +34,7 @@ class AnswerOptions:
     seed: int = 0
     limit: int | None = None
     settings: dict[str, str] = field(default_factory=dict)
+    after: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Questions:
     decoding: Decoding
     seed: int
     origin: Origin
+    after: str | None = None
 
     @property
     def by_likelihood(self) -> bool:
@@ -53,7 +56,8 @@ class Questions:
         return _by_likelihood(self.benchmark, self.items[0], self.style)
 
     def text(self, item: Item) -> str:
-        return self.benchmark.prompt(item, self.style)
+        question = self.benchmark.prompt(item, self.style)
+        return f"{question}\n{self.after}" if self.after else question
 
     def continuations(self, item: Item) -> tuple[str, ...]:
         """What may follow the text, where likelihoods are compared."""
@@ -82,6 +86,8 @@ def open_questions(name: str, data: Path, options: AnswerOptions) -> Questions:
     if not items:
         raise UserError(f"{data}: holds no item of {name}; it needs {about.data}")
     likelihoods = _by_likelihood(benchmark, items[0], style)
+    if options.after and likelihoods:
+        raise UserError(f"--after: {name} compares likelihoods of what follows the question; choose a --prompt")
     template = options.template or ("raw" if likelihoods else "chat")
     given = {key: getattr(options, key) for key in ("temperature", "top_p", "max_new_tokens")}
     decoding = replace(about.decoding, **{key: value for key, value in given.items() if value is not None})
@@ -95,12 +101,12 @@ def open_questions(name: str, data: Path, options: AnswerOptions) -> Questions:
         data=str(data.resolve()),
         limit=options.limit,
         settings=dict(options.settings),
-        prompt=style,
+        prompt=f"{style}, then {options.after!r}" if options.after else style,
         template=template,
         decoding=said,
     )
     check_pictures(items)
-    return Questions(benchmark, items, style, template, decoding, options.seed, origin)
+    return Questions(benchmark, items, style, template, decoding, options.seed, origin, options.after)
 
 
 def _by_likelihood(benchmark: Benchmark, item: Item, style: str) -> bool:
