@@ -18,10 +18,22 @@ from silkie_jax.preference.grid import make_shape
 from silkie_jax.preference.layout import row_sizes
 from silkie_jax.preference.losses import LossOptions
 from silkie_jax.preference.rows import encode_prompt, encode_response, make_row
+from silkie_jax.training.config_file import make_config
+from silkie_jax.training.loop import train
 from silkie_jax.training.step import Objective
 from tests.reference.objective import log_softmax
 from tests.reference.qwen_vl import QwenVL, load_checkpoint
-from tests.training.support import SIDE, Steps, assert_same_arrays, image_bytes, make_tiny
+from tests.training.support import (
+    ASPECTS,
+    SIDE,
+    Steps,
+    assert_same_arrays,
+    image_bytes,
+    make_tiny,
+    read_lines,
+    record,
+    write_corpus,
+)
 
 BETA = 0.02
 RELATIVE = 1e-5
@@ -157,3 +169,31 @@ def test_a_mesh_gives_the_loss_and_the_gradients_of_one_device(tokenizer, model,
     objective = Objective("sigmoid", LossOptions(BETA), "precomputed", remat="none")
     steps = Steps(model, objective, mesh=make_mesh(2, 2, 2))
     check(steps(arrays(tokenizer, [[row] for row in rows])), one_device)
+
+
+# A whole run
+
+
+def run_of(folder, tmp_path, records, **values):
+    """What one step of training on these records logged, and the run's folder."""
+    corpus = write_corpus(tmp_path / "corpus", records)
+    given = {"model": str(folder), "corpus": str(corpus), "run_dir": str(tmp_path / "run"), "lora": {"rank": 2}}
+    given |= {"steps": 1, "batch_rows": 2, "evaluation_fraction": 0, "dtype": "float32", "mesh": {"data": 1}}
+    run = train(make_config(given | {"log_every": 1, "remat": "none"} | values))
+    (line,) = [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+    return line, run
+
+
+def test_a_run_on_image_pairs_begins_at_log_2(folder, tmp_path):
+    made = [image_pair((0,), (1,), number=n, texts=TEXTS[:1] * 2) for n in range(2)]
+    line, _ = run_of(folder, tmp_path, made)
+    assert line["loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert line["logps/chosen"] != line["logps/rejected"]  # of the same words
+
+
+def test_a_run_with_a_condition_says_what_to_ask(folder, tmp_path):
+    condition = {"name": "attributes", "best": 5, "aspects": list(ASPECTS[:2])}
+    line, run = run_of(folder, tmp_path, [record(0, (5, 1), images=0)], objective="sft", condition=condition)
+    assert line["loss"] > 0
+    words = (run / "condition.txt").read_text().splitlines()
+    assert words[1:] == [f"{ASPECTS[0]}:5,{ASPECTS[1]}:5"]
