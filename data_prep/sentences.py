@@ -5,17 +5,17 @@ turn. Every candidate has a log-probability and, from CLIP, its likeness to the 
 worth can be derived from these in three ways, by name:
 
     reward: raw    l max(likeness, 0) + (1 - l) p(sentence): the paper's
-    reward: rank   - (l rank by likeness + (1 - l) rank by probability), ranks among siblings, from 1/n for the best to 1
+    reward: rank   - (l rank by likeness + (1 - l) rank by probability), ranks among siblings, from 1/n for the best on
     over: mean     of the sentences of a response
     over: sum      the paper's; favours long responses with `raw`
-    over: release  the sum over one more than there are sentences, as the release divides; favours short ones with `rank`
+    over: release  the sum over one more than there are sentences, as in the release; favours short ones with `rank`
 
 The paper is `raw` and `sum`, the release `rank` and `release`; ours is `rank` and `mean`.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -77,7 +77,7 @@ def ranks(tree: Sequence[Sentence], score: Mapping[int, float]) -> dict[int, flo
     for sentence in tree:
         if sentence.text:
             siblings.setdefault(sentence.parent, []).append(sentence)
-    found = {}
+    found: dict[int, float] = {}
     for group in siblings.values():
         ordered = sorted(group, key=lambda one: score[one.number], reverse=True)
         found |= {one.number: place / len(group) for place, one in enumerate(ordered, 1)}
