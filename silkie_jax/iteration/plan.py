@@ -72,8 +72,8 @@ class Files:
             rubric = Path(path).parent / str(judge.get("rubric", ""))
             if rubric.is_file():  # a path from the judge's own folder, and a round's file lies elsewhere
                 judge["rubric"] = os.path.abspath(rubric)
-            if name in judges:
-                raise UserError(f"{path}: there are two judges {name!r}: give each a name of its own")
+            if _judge_file(name) in map(_judge_file, judges):
+                raise UserError(f"{path}: there are two judges {name!r}, or alike: give each a name of its own")
             judges[name] = judge
         return cls(_plain(read_yaml(config.respond)), judges, _plain(read_extended(config.train)))
 
@@ -118,7 +118,7 @@ def make_plan(config: IterateConfig, files: Files) -> list[Round]:
     """
     _check(config, files)
     start = policy = Policy(config.start.model, config.start.adapter)
-    adapters = [config.start.adapter] if config.start.adapter else []
+    adapters: list[str] = []
     found = []
     for number in range(0 if config.first else 1, config.rounds + 1):
         made = _round(config, files, number, start, policy, adapters)
@@ -131,8 +131,11 @@ def make_plan(config: IterateConfig, files: Files) -> list[Round]:
 def _check(config: IterateConfig, files: Files) -> None:
     where = config.train
     lora, vision = files.train.get("lora", {}) is not None, files.train.get("train_vision", "none") != "none"
-    if config.merge and (not lora or vision):
-        raise UserError(f"{where}: merge: true adds adapters to the start: it needs lora and train_vision: none")
+    if config.merge and (not lora or vision or config.start.adapter):
+        raise UserError(
+            f"{where}: merge: true adds a new adapter of each round to the start: it needs lora, train_vision: none, "
+            "and a start without an adapter; merge that one first, with `silkie export`"
+        )
     if config.reference == "start" and (not lora or vision or config.merge or config.start.adapter):
         raise UserError(
             f"{where}: reference: start is the start without the rounds' adapter: it needs lora, train_vision: none, "
@@ -215,7 +218,7 @@ def _training(
     """
     changes = (config.first.train if config.first else {}) if not number else (config.each or [{}] * number)[number - 1]
     asked = files.train.get("reference")
-    if files.train.get("objective", "dpo") == "sft":
+    if {**files.train, **changes}.get("objective", "dpo") == "sft":
         reference = None
     elif config.reference == START:
         reference = "adapter_off"

@@ -36,7 +36,8 @@ class Scorer:
     """A compiled forward pass over rows that hold all responses of a record.
 
     `batch_rows` of them go at once; where they are so long that this would be more than `batch_tokens`, fewer, but at
-    least one a device. With stored `features` of their images the model needs no vision tower.
+    least one a device. With stored `features` of their images the model needs no vision tower. `few_programs` pads
+    more, to one shape for each length: for rows that come one by one, where compiling takes longer than it saves.
     """
 
     def __init__(
@@ -52,10 +53,12 @@ class Scorer:
         workers: int = 2,
         kernel: Kernel = PLAIN,
         features: Features | None = None,
+        few_programs: bool = False,
     ):
         self.features = features
         self.config, self.tokenizer, self.mesh, self.workers = model.config, tokenizer, mesh, workers
         self.shards, self.tokens, self.fine = batch_shards(mesh), batch_tokens, platform_of(mesh) == "gpu"
+        self.few = few_programs
         self.rows = round_up(batch_rows, self.shards)
         self._make_row = partial(make_row, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)
         graph, self._state = nnx.split(model)
@@ -116,7 +119,10 @@ class Scorer:
     def _prepare(self, rows: Mapping[int, Row], chunk: list[int]) -> tuple[dict[str, np.ndarray], int]:
         count = self._at_once(rows[chunk[0]])
         groups = [[rows[i]] for i in chunk] + [[]] * (count - len(chunk))
-        shape = make_shape(1, count, [np.array(row_sizes(row)) for group in groups for row in group], self.fine)
+        sizes = [np.array(row_sizes(row)) for group in groups for row in group]
+        shape = make_shape(1, count, sizes, self.fine and not self.few)
+        if self.few:
+            shape = shape._replace(labels=shape.tokens)
         arrays = collate(groups, shape, self.tokenizer.end_of_text)
         local = local_sequences(self.mesh, count)
         if self.features is None:

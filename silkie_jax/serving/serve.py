@@ -179,7 +179,14 @@ def load_served(options: ServeOptions) -> ServedModel:
     _say(f"loaded {options.called} in {time.monotonic() - began:.1f} s")
     engine.warm_up(_say)
     scorer = Scorer(
-        engine.model, tokenizer, mesh, batch_rows=1, max_length=options.context, workers=1, kernel=engine.kernel
+        engine.model,
+        tokenizer,
+        mesh,
+        batch_rows=1,
+        max_length=options.context,
+        workers=1,
+        kernel=engine.kernel,
+        few_programs=True,
     )
     return ServedModel(options.called, tokenizer, engine, scorer, defaults, options.top_logprobs, tuple(options.names))
 

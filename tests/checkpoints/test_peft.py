@@ -100,6 +100,28 @@ def test_factors_are_sharded_like_their_weights(tiny, adapter):
         np.testing.assert_array_equal(values, expected[path], err_msg=path)
 
 
+def test_several_adapters_are_added_and_rounded_once(tiny, tmp_path):
+    """W + the sum of all scale B A, as rounds that start from the same weights need it."""
+    for seed in (0, 1):
+        save_adapter(adapted(tiny, ("c_attn", "w1"), seed=seed), tmp_path / str(seed), base_model="base")
+    folders = [tmp_path / "0", tmp_path / "1"]
+    export(tiny, tmp_path / "both", adapter=folders, progress=False)
+    base, both = {}, load_file(tmp_path / "both/model.safetensors")
+    for file in tiny.glob("*.safetensors"):
+        base |= load_file(file)
+    changed = 0
+    for name, values in base.items():
+        sums = values.astype(np.float64)
+        for folder in folders:
+            factors_of = load_file(folder / "adapter_model.safetensors")
+            key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+            if key + "A.weight" in factors_of:
+                sums = sums + 2.0 * factors_of[key + "B.weight"].astype(np.float64) @ factors_of[key + "A.weight"]
+                changed += 1
+        np.testing.assert_allclose(both[name], sums, rtol=1e-5, atol=1e-5, err_msg=name)
+    assert changed == 2 * 2 * 2  # adapters, layers and targets
+
+
 @pytest.mark.parametrize("piece", [2**25, 20_000])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_merging_is_w_plus_scale_b_a(tiny, tmp_path, monkeypatch, piece, rslora):

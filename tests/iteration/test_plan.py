@@ -96,6 +96,17 @@ def test_a_first_round_on_given_pairs_and_what_differs_by_round(made):
     assert judge["policy"] == {"local": "weights", "adapter": str(rounds[0].folder / "train/adapter")}
 
 
+def test_rejection_sampling_has_no_reference(made):
+    train = {"objective": "sft", "imitate": {"name": "best"}}
+    assert {options(one.training)["reference"] for one in plan_of(made(train=train))} == {"null"}
+
+
+def test_judges_whose_files_would_be_one_are_refused(made, tmp_path):
+    rate = [write(tmp_path / f"{n}.yaml", {"name": name, "agent": {}}) for n, name in enumerate(("a b", "a-b"))]
+    with pytest.raises(UserError, match="two judges 'a-b', or alike"):
+        plan_of(made(rate=rate))
+
+
 def test_a_stored_reference_is_a_stage_of_its_own(made):
     rounds = plan_of(made(train={"reference": "precomputed"}))
     assert [stage.name for stage in rounds[1].stages][-2:] == ["reference", "train"]
@@ -181,7 +192,8 @@ def test_a_stage_is_done_when_its_evidence_is_there(tmp_path):
         ({"keep": "none"}, "choose all or last"),
         ({"rate": []}, "rate must be set"),
         ({"until": "train"}, "unknown key until"),
-        ({"train": {"lora": None}, "merge": True}, "merge: true adds adapters"),
+        ({"train": {"lora": None}, "merge": True}, "merge: true adds a new adapter of each round"),
+        ({"start": {"model": "weights", "adapter": "a"}, "merge": True}, "a start without an adapter"),
         ({"train": {"lora": None}, "reference": "start"}, "reference: start is the start without"),
         ({"judge": IMPLICIT}, "in round 1 the policy is the start itself"),
         ({"judge": {"agent": {"local": "policy", "adapter": "a"}}}, "brings its adapter along"),

@@ -16,6 +16,7 @@ from silkie_jax import load, read_image
 from silkie_jax.corpus import Record, Response
 from silkie_jax.generation.generate import generate
 from silkie_jax.models.qwen_vl.chat import chat_prompt, decode_reply
+from silkie_jax.preference.grid import bucket
 from silkie_jax.scoring.score import score
 from silkie_jax.serving.limits import Limits
 from tests.serving.conftest import CONTEXT, SLOTS, data_url, user
@@ -194,6 +195,29 @@ def test_log_probabilities_of_texts_are_those_of_score(server, tmp_path):
         [entry["logprob"] for entry in found["data"]], [line["logp"] for line in expected], rtol=2e-6
     )
     assert found["usage"]["total_tokens"] > found["usage"]["prompt_tokens"] > 2 * 256
+
+
+def test_log_probabilities_with_history_and_in_few_programs(server):
+    """How many labels there are among a row's tokens compiles nothing; an image may be an object, as in a chat."""
+
+    def ask(prompt: int, texts: int) -> dict:
+        body = {"prompt": "a b " * prompt, "texts": ["c d " * texts, "No."], "images": [{"url": data_url(1)}]}
+        return post(server, "/v1/logprobs", json=body | {"history": [["What is this?", "A cat."]]}).json()
+
+    first = ask(40, 4)
+    programs = server.served.scorer._forward._cache_size()
+    second = ask(4, 40)
+    assert len({bucket(found["usage"]["total_tokens"]) for found in (first, second)}) == 1
+    assert len({bucket(sum(entry["tokens"] for entry in found["data"])) for found in (first, second)}) == 2
+    assert server.served.scorer._forward._cache_size() == programs
+    made = Record(
+        "r", (image_bytes(1),), "a b " * 40, (Response("c d " * 4), Response("No.")), (("What is this?", "A cat."),)
+    )
+    (expected,) = server.served.scorer([made])
+    np.testing.assert_allclose([entry["logprob"] for entry in first["data"]], expected.logps, rtol=2e-6)
+    assert "history must be a list of turns" in error(
+        post(server, "/v1/logprobs", json={"prompt": "a", "texts": ["b"], "history": ["c"]}), 400
+    )
 
 
 def test_models_and_health(server):
