@@ -55,6 +55,18 @@ def test_it_goes_on_where_it_was_cut_off_and_refuses_another_experiment(data, tm
     assert "was begun with another decoding" in capsys.readouterr().err
 
 
+def test_items_draw_apart_and_alike_whenever_they_are_asked(data, tmp_path):
+    seeds = []
+    for name, options in (("one", ["--seed", "3"]), ("again", ["--seed", "3"]), ("other", ["--seed", "4"])):
+        sent = []
+        with Server(Script(reply=lambda body, sent=sent: sent.append(body.get("seed")) or "Yes.")) as server:
+            assert answer(server, data, tmp_path / name, "--temperature", "1", *options) == 0
+        seeds.append(set(sent))
+        assert len(seeds[-1]) == 13
+    assert seeds[0] == seeds[1]
+    assert not seeds[0] & seeds[2]
+
+
 def test_what_the_endpoint_refuses_is_marked(data, tmp_path):
     out = tmp_path / "answers.jsonl"
     with Server(Script(reply=reply, faults={"refusal": 1.0})) as server:

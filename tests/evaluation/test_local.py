@@ -219,3 +219,20 @@ def test_sigkill_at_any_moment_leaves_the_same_file(folder, tmp_path):
     done = subprocess.run(command(folder, out), env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_the_same_question_is_drawn_anew_for_every_item(folder, tmp_path):
+    """Under one seed for all, a hundred answers would be worth hardly more than one."""
+    data = tmp_path / "questions.jsonl"
+    line = {"question": "What is it?", "answer": "yes"}
+    data.write_text("".join(json.dumps(line | {"id": str(n)}) + "\n" for n in range(8)))
+
+    def drawn(name, **options):
+        questions = open_questions("yesno", data, AnswerOptions(max_new_tokens=6, temperature=1.0, **options))
+        local(folder, questions).answer(questions, tmp_path / name)
+        return [answer.text for answer in files.read_answers(tmp_path / name)[1]]
+
+    first = drawn("first", seed=1)
+    assert len(set(first)) == 8
+    assert drawn("again", seed=1) == first
+    assert drawn("other", seed=2) != first

@@ -48,8 +48,6 @@ class Endpoint:
             return
         decoding = questions.decoding
         sampling = {"temperature": decoding.temperature} | ({"top_p": decoding.top_p} if decoding.top_p < 1 else {})
-        if decoding.temperature:
-            sampling["seed"] = questions.seed
         agent = Agent(
             model=self.model,
             base_url=self.url,
@@ -68,6 +66,8 @@ class Endpoint:
                 for number, item in enumerate(planning(questions.items, origin.rows, show=True)):
                     images = [run.add_image(picture.read()) for picture in item.pictures]
                     body = compose(agent, questions.text(item), images)
+                    if decoding.temperature:
+                        body["seed"] = questions.seed_of(item)
                     tokens = image_tokens(agent, [run.image_size(sha256) for sha256 in images])
                     run.db.execute(*new_request(STAGE, number, self.model, 0, None, body, tokens))
                 run.save_settings("planned", origin.rows)

@@ -1,5 +1,6 @@
 """What is asked of a benchmark, and how: settled before anything is loaded."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -59,6 +60,11 @@ class Questions:
         question = self.benchmark.prompt(item, self.style)
         return f"{question}\n{self.after}" if self.after else question
 
+    def seed_of(self, item: Item) -> int:
+        """What an item's draws begin with, in [0, 2^32): its own, since under one seed for all of them the same lot
+        falls at the same place of every answer, and a hundred answers are worth hardly more than one."""
+        return int.from_bytes(hashlib.sha256(f"{self.seed} {item.id}".encode()).digest()[:4], "little")
+
     def continuations(self, item: Item) -> tuple[str, ...]:
         """What may follow the text, where likelihoods are compared."""
         return self.benchmark.continuations(item, self.style)  # type: ignore[attr-defined]
@@ -93,7 +99,7 @@ def open_questions(name: str, data: Path, options: AnswerOptions) -> Questions:
     decoding = replace(about.decoding, **{key: value for key, value in given.items() if value is not None})
     said: dict[str, Any] = {"likelihoods": "of the options"} if likelihoods else asdict(decoding)
     if decoding.temperature and not likelihoods:
-        said["seed"] = options.seed
+        said |= {"seed": options.seed, "draws": "by item"}
     origin = Origin(
         benchmark=name,
         items=items_fingerprint(items),
