@@ -13,6 +13,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 LINTED := silkie_jax data_prep benchmarks examples tests
 # `make test TEST="tests/nn -k lora"` runs some of the tests.
 TEST ?= tests
+# Processes of `make test`; each takes about 4 GB.
+WORKERS ?= 2
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,7 +23,7 @@ quickstart: $(VENV)/.installed-data,evaluation  ## preference distillation from 
 	$(BIN)/python -m examples.quickstart $(QUICKSTART)
 
 test: $(VENV)/.installed-dev  ## the test suite; TEST="PATH -k WORD" for some of it
-	$(BIN)/python -m pytest $(TEST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TEST)
 
 test-quickstart: $(VENV)/.installed-dev  ## the quickstart in small, killed again and again
 	$(BIN)/python -m pytest -m quickstart tests/examples/test_quickstart.py
