@@ -278,16 +278,19 @@ def has_instructions(run: Path) -> bool:
 
 
 def has_responses(run: Path) -> bool:
-    """All requests were planned and none is open."""
+    """All requests were planned and none is open, of whatever stage comes before rating."""
     return _asked(
-        run, lambda store: store.settings("responses planned") == _count(store) and not _open(store, "respond")
+        run, lambda store: store.settings("responses planned") == _count(store) and not _open(store, "stage != 'rate'")
     )
 
 
 def has_ratings(run: Path, names: tuple[str, ...]) -> bool:
     """A judge's settings are stored with its requests."""
     return _asked(
-        run, lambda store: all(store.settings(f"judge:{n}") is not None for n in names) and not _open(store, "rate")
+        run,
+        lambda store: (
+            all(store.settings(f"judge:{name}") is not None for name in names) and not _open(store, "stage = 'rate'")
+        ),
     )
 
 
@@ -323,9 +326,9 @@ def _count(store: RunStore) -> int:
     return store.db.execute("SELECT count(*) FROM instructions").fetchone()[0]
 
 
-def _open(store: RunStore, stage: str) -> bool:
-    sql = "SELECT 1 FROM requests WHERE stage = ? AND state NOT IN ('ok', 'failed') LIMIT 1"
-    return store.db.execute(sql, (stage,)).fetchone() is not None
+def _open(store: RunStore, which: str) -> bool:
+    sql = f"SELECT 1 FROM requests WHERE {which} AND state NOT IN ('ok', 'failed') LIMIT 1"
+    return store.db.execute(sql).fetchone() is not None
 
 
 def available(instructions: Path) -> int:

@@ -172,6 +172,11 @@ def test_a_stage_is_done_when_its_evidence_is_there(tmp_path):
     with Run.open(run, write=True) as opened:
         opened.db.execute("UPDATE requests SET state = 'ok'")
     assert has_responses(run)
+    with Run.open(run, write=True) as opened:
+        settle(opened, "search", 1, "own", 0, None, None)
+    assert not has_responses(run), "a tree is still growing"
+    with Run.open(run, write=True) as opened:
+        opened.db.execute("UPDATE requests SET state = 'ok'")
     assert not has_ratings(run, ("critic",))
     with Run.open(run, write=True) as opened:
         opened.save_settings("judge:critic", {})
