@@ -5,9 +5,10 @@ import json
 import math
 import os
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from data_prep.run import RESPOND, Instruction, Run
+from data_prep.run import RESPOND, SEARCH, Instruction, Run
+from data_prep.search import SearchConfig, Searcher, check_search
 from silkie_jax.corpus.schema import MOST_RESPONSES
 from silkie_jax.endpoints import outcomes
 from silkie_jax.endpoints.agents import Agent, check_agent, check_same
@@ -29,6 +30,7 @@ class PoolModel(Agent):
     """A model of a pool."""
 
     samples: int | None = None  # answers to one instruction, each by a seed of its own; None: one, as `sampling` says
+    search: SearchConfig | None = None  # answers grow sentence by sentence; None: each is one request
 
 
 @dataclass
@@ -75,6 +77,10 @@ def load_pool(path: str | os.PathLike[str]) -> Pool:
             (samples or 1) == 1 or agent.sampling.get("temperature") != 0,
             f"{key}samples is {samples}, but at temperature 0 all are the same: give it a temperature",
         )
+        if agent.search is not None:
+            check_search(agent.search, agent, path, f"{key}search.")
+            need(samples is None, f"{key}samples has no meaning with search: a tree has many answers")
+            need(len(pool.models) == 1 or not pool.replace_failed, "replace_failed: false is needed beside a search")
     most = sum(sorted(model.samples or 1 for model in pool.models.values())[-pool.models_per_instruction :])
     need(
         most <= MOST_RESPONSES,
@@ -105,6 +111,9 @@ def respond(
         if before := run.settings("pool"):
             check_same(before, config, "pool", _FREE)
 
+        searching = {name: (model, model.search) for name, model in pool.models.items() if model.search is not None}
+        searcher = Searcher(run, searching, pool.seed)
+
         def plan() -> None:
             if before and run.settings("responses planned") == run.count():
                 run.save_settings("pool", config)
@@ -115,6 +124,9 @@ def respond(
                 drawn, spares = deal(instruction.id)
                 slots = [name for name in drawn for _ in range(pool.models[name].samples or 1)]
                 for slot, name in enumerate(slots):
+                    if name in searching:
+                        run.db.execute(*next(searcher.next_requests(instruction, name)))
+                        continue
                     run.db.execute(*_request(run, pool, instruction, slot, [name, *spares[slot :: len(slots)]]))
             run.save_settings("responses planned", run.count())
 
@@ -127,7 +139,15 @@ def respond(
             instruction = next(run.instructions(request.item, request.item))
             return Verdict(reply.outcome, "failed", (_request(run, pool, instruction, request.slot, spares),))
 
-        return run_stage(run, RESPOND, {**pool.models}, plan, review, options)
+        whole = {name: model for name, model in pool.models.items() if name not in searching}
+        result = run_stage(run, RESPOND, {**whole}, plan, review, options)
+        if not searching:
+            return result
+        if options.dry_run:
+            return replace(result, notes=("a search asks node by node: what it will cost is not known beforehand",))
+        return run_stage(
+            run, SEARCH, searcher.agents, searcher.go_on, searcher.review, options, searcher.routes
+        )  # fmt: skip
 
 
 class Deal:

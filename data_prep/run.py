@@ -2,15 +2,17 @@
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from data_prep.sentences import Candidate, Search, Sentence, grow, paths, text_of
 from silkie_jax.endpoints.store import RunStore, to_json
 from silkie_jax.errors import UserError
 
-RESPOND, RATE, SYNTHESIZE = "respond", "rate", "synthesize"
-"""The stages of a run, by the names of their verbs. A response's `slot` is its place, its `arrangement` names the
+RESPOND, RATE, SYNTHESIZE, SEARCH = "respond", "rate", "synthesize", "search"
+"""The stages of a run, by the names of their verbs; of `respond` is `search`, too, whose `slot` is the number of the
+sentence that is continued (`sentences`). A response's `slot` is its place, its `arrangement` names the
 models that step in should it fail; a rating's `slot` is the number of the order, its `arrangement` the slots of the
 responses as shown."""
 _CHUNK = 256  # instructions read at a time
@@ -75,14 +77,52 @@ class TeacherReply:
     model: str
 
 
+def similar_name(model: str) -> str:
+    """The name under which the likeness of a searching model's sentences is filed."""
+    return f"{model}: similarity"
+
+
+def search_of(settings: Mapping[str, Any]) -> Search:
+    """How a tree grows, from the settings of a pool's model."""
+    return Search(**{field.name: settings[field.name] for field in fields(Search)})
+
+
+def candidates_in(text: str) -> list[Candidate]:
+    """The candidates of a search's reply, as `outcomes.read_candidates` writes them."""
+    return [Candidate(one["text"], one["logprob"], one["finish"]) for one in json.loads(text)]
+
+
+def similarities_in(text: str) -> list[float]:
+    """100 x cosine of an image and each text, from a similarity reply; [] of one that says something else."""
+    try:
+        return [float(entry["similarity"]) for entry in json.loads(text)]
+    except (ValueError, TypeError, KeyError):
+        return []
+
+
 @dataclass(frozen=True)
 class Gathered:
-    """All there is of an instruction: responses by slot, replies by judge and order, those of a teacher."""
+    """All there is of an instruction: responses by slot, replies by judge and order, those of a teacher, and the trees
+    of models that searched."""
 
     instruction: Instruction
     responses: tuple[StoredResponse, ...]
     replies: tuple[JudgeReply, ...]
     syntheses: tuple[TeacherReply, ...] = ()
+    trees: Mapping[str, tuple[Sentence, ...]] = field(default_factory=dict)
+
+    def way(self, response: StoredResponse) -> list[Sentence] | None:
+        """The sentences of a response that a search made; None of another."""
+        tree = self.trees.get(response.agent, ())
+        return next((path for path in paths(tree) if slot_of(path) == response.slot), None)
+
+
+def slot_of(path: Sequence[Sentence]) -> int:
+    """The slot of a response that a search made: beyond those of responses that were asked for whole."""
+    return SEARCHED + path[-1].number
+
+
+SEARCHED = 1000
 
 
 class Run(RunStore):
@@ -184,11 +224,47 @@ CREATE TABLE instructions (
             (SYNTHESIZE, *between),
         ):
             syntheses.setdefault(number, []).append(TeacherReply(*values))
+        trees = self._trees(between)
         for instruction in chunk:
             of = instruction.number
+            found = responses.get(of, [])
+            for agent, (tree, model) in trees.get(of, {}).items():
+                ways: dict[str, Sequence[Sentence]] = {}
+                for path in paths(tree):
+                    ways.setdefault(text_of(path), path)  # a text that several ways make is one response
+                found += [
+                    StoredResponse(slot_of(path), agent, model, text, "ok", None) for text, path in ways.items() if text
+                ]
             yield Gathered(
-                instruction, tuple(responses.get(of, ())), tuple(replies.get(of, ())), tuple(syntheses.get(of, ()))
-            )
+                instruction, tuple(found), tuple(replies.get(of, ())), tuple(syntheses.get(of, ())),
+                {agent: tree for agent, (tree, _) in trees.get(of, {}).items()},
+            )  # fmt: skip
+
+    def _trees(self, between: tuple[int, int]) -> dict[int, dict[str, tuple[tuple[Sentence, ...], str]]]:
+        """Number of an instruction -> agent -> the tree of its search and the model that was reported."""
+        pool = self.settings("pool") or {}
+        searches = {name: model["search"] for name, model in pool.get("models", {}).items() if model.get("search")}
+        if not searches:
+            return {}
+        asked: dict[tuple[int, str], tuple[dict[int, list[Candidate]], dict[int, list[float]], str]] = {}
+        names = {name: (name, 0) for name in searches} | {similar_name(name): (name, 1) for name in searches}
+        for number, agent, slot, state, text, model in self.db.execute(
+            "SELECT r.instruction, r.agent, r.slot, r.state, coalesce(a.text, ''), coalesce(a.model, '') "
+            "FROM requests r JOIN attempts a ON a.id = r.attempt "
+            "WHERE r.stage = ? AND r.state IN ('ok', 'failed') AND r.instruction BETWEEN ? AND ? ORDER BY 1, 2, 3",
+            (SEARCH, *between),
+        ):
+            name, kind = names[agent]
+            replies, likeness, reported = asked.setdefault((number, name), ({}, {}, model))
+            if kind == 0:
+                replies[slot] = candidates_in(text) if state == "ok" else []
+            else:
+                likeness[slot] = similarities_in(text) if state == "ok" else []
+        found: dict[int, dict[str, tuple[tuple[Sentence, ...], str]]] = {}
+        for (number, name), (replies, likeness, reported) in asked.items():
+            grown = grow(search_of(searches[name]), replies, likeness)
+            found.setdefault(number, {})[name] = grown.tree, reported
+        return found
 
 
 def _to_row(number: int, instruction: Instruction) -> tuple[Any, ...]:

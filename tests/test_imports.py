@@ -40,16 +40,18 @@ ALLOWED = {
 }
 # The rooms of data_prep -> the others of it that each may import; `run` is what all of them fill and read.
 ROOMS = {
-    "run": set(),
+    "run": {"sentences"},
     "replies": set(),
+    "clip_server": set(),
     "sentences": set(),
     "tables": set(),
     "instructions": {"tables", "run"},
-    "respond": {"sentences", "instructions", "tables", "run"},
+    "search": {"sentences", "run"},
+    "respond": {"search", "instructions", "tables", "run"},
     "synthesize": {"replies", "instructions", "tables", "run"},
     "judging": {"sentences", "replies", "instructions", "tables", "run"},
     "corpora": {"synthesize", "judging", "replies", "instructions", "tables", "run"},
-    "cli": {"corpora", "synthesize", "judging", "respond", "replies", "instructions", "tables", "run"},
+    "cli": {"corpora", "synthesize", "judging", "respond", "search", "replies", "instructions", "tables", "run"},
 }
 
 

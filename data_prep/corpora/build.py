@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data_prep.corpora.job import BuildJob
 from data_prep.judging.aggregate import KINDS, check_scales
 from data_prep.judging.kinds import Reading, kept_of, reading
-from data_prep.run import Run
+from data_prep.run import SEARCH, Run
 from data_prep.tables.importing import finished_before
 from data_prep.tables.summary import Summary, finish, rejections_of
 from silkie_jax.corpus.reader import IndexRow
@@ -266,7 +266,8 @@ def _check(run: Run, judges: dict[str, Reading], partial: bool) -> int:
     for stage, count in sorted(waiting.items(), reverse=True):
         if not partial:
             raise UserError(
-                f"{run.path}: {count} requests of `silkie corpus {stage}` are still open: finish them first, "
+                f"{run.path}: {count} requests of `silkie corpus {'respond' if stage == SEARCH else stage}` are still "
+                "open: finish them first, "
                 "or build what there is with --partial"
             )
     if not judges and not partial and not (run.settings("teacher") and not run.settings("pool")):

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from data_prep.corpora.synthesized import samples, syntheses_of
@@ -80,7 +80,7 @@ class BuildJob:
         for gathered in run.gathered(first, last):
             if gathered.instruction.number not in self.excluded:
                 replies = tuple(reply for reply in gathered.replies if reply.judge in asked)
-                yield Gathered(gathered.instruction, gathered.responses, replies, gathered.syntheses)
+                yield replace(gathered, replies=replies)
 
     def _records(self, run: Run, number: int, digest: Any, notes: dict[str, Any]) -> Iterator[Record]:
         """The records of a shard, one at a time; feeds `digest` as `key` does, and fills `notes` at the end."""
@@ -147,6 +147,7 @@ def _content(gathered: Gathered) -> bytes:
     """What a record depends on, as bytes: images by their hashes."""
     parts = [vars(gathered.instruction), [vars(r) for r in gathered.responses], [vars(r) for r in gathered.replies]]
     parts += [[vars(r) for r in gathered.syntheses]] if gathered.syntheses else []
+    parts += [[vars(one) for one in tree] for tree in gathered.trees.values()]
     return _encoder.encode(parts).encode()
 
 

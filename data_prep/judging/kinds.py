@@ -17,6 +17,7 @@ from data_prep.judging.aggregate import Judgement
 from data_prep.judging.by_rubric import RubricJudge, RubricReading
 from data_prep.judging.implicit import ImplicitJudge, ImplicitReading
 from data_prep.judging.rubric import Scale
+from data_prep.judging.similarity import SimilarityJudge, SimilarityReading
 from data_prep.run import Gathered, Instruction, Run
 from silkie_jax.endpoints.agents import Agent
 from silkie_jax.endpoints.attempts import Request, Verdict
@@ -94,6 +95,7 @@ KINDS: dict[str, tuple[Callable[[Mapping[str, Any], str | os.PathLike[str]], Ask
     "rubric": (RubricJudge, RubricReading),
     "verdict": (RubricJudge, RubricReading),
     "implicit": (ImplicitJudge, ImplicitReading),
+    "similarity": (SimilarityJudge, SimilarityReading),
 }
 """Kind -> how it asks, made of the keys of a judge's file and its path; and how its replies are read: a class with
 `kept` (what a corpus depends on, `name` included, of what a run keeps) and `of`, which makes a `Reading` of that."""

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from data_prep.judging.kinds import SOURCES, Asking, as_written_now, in_scope, load_judge, load_sources
-from data_prep.run import RATE, RESPOND, Gathered, Run
+from data_prep.run import RATE, RESPOND, SEARCH, Gathered, Run
 from silkie_jax.endpoints.agents import check_same
 from silkie_jax.endpoints.attempts import Request, Verdict
 from silkie_jax.endpoints.outcomes import EndpointReply
@@ -85,8 +85,8 @@ def ready(every: Iterable[Gathered], run: Run, allow_missing: bool, skipped: Cou
     open_states = "('open', 'postponed')"
     for gathered in every:
         waiting = run.db.execute(
-            f"SELECT 1 FROM requests WHERE stage = ? AND instruction = ? AND state IN {open_states} LIMIT 1",
-            (RESPOND, gathered.instruction.number),
+            f"SELECT 1 FROM requests WHERE stage IN (?, ?) AND instruction = ? AND state IN {open_states} LIMIT 1",
+            (RESPOND, SEARCH, gathered.instruction.number),
         ).fetchone()
         if waiting and not allow_missing:
             skipped["waiting"] += 1
@@ -108,4 +108,9 @@ def _notes(skipped: Counter[str]) -> Iterator[str]:
         yield (
             f"{skipped['no reference']:,} times a judge that is shown the right answer was not asked: "
             "their instructions have no `reference`"
+        )
+    if skipped["no tree"]:
+        yield (
+            f"{skipped['no tree']:,} times a similarity judge was not asked: their instructions have no image, or no "
+            "model of the pool searched (search: in the pool's file)"
         )

@@ -43,6 +43,12 @@ LOGPROBS = Route("/logprobs", outcomes.read_data)
 """Of `silkie serve`: the log-probability of texts (silkie_jax/serving/logprobs_request.py)."""
 
 
+CANDIDATES = Route("/chat/completions", outcomes.read_candidates)
+"""Several continuations of one text, with their log-probabilities."""
+SIMILARITY = Route("/similarity", outcomes.read_data)
+"""Of a CLIP server (data_prep/clip_server.py): the likeness of an image and texts."""
+
+
 class Client:
     """An async context manager.
 

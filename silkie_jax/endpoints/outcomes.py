@@ -5,6 +5,7 @@ ones end the run, since every other request would meet the same; all others woul
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -90,6 +91,12 @@ def read_data(status: int, raw: str) -> EndpointReply:
     return _read(status, raw, _data, "an object with a list of data")
 
 
+def read_candidates(status: int, raw: str) -> EndpointReply:
+    """As `read`, of a chat completion with several choices and log-probabilities: the text is JSON, a list with the
+    `text`, summed `logprob` and `finish` of each. One that is empty is a reply like any other: the text ends there."""
+    return _read(status, raw, _candidates, "a chat completion with log-probabilities")
+
+
 def _read(status: int, raw: str, form: Callable[[int, str, Any], EndpointReply], what: str) -> EndpointReply:
     try:
         body = json.loads(raw)
@@ -99,7 +106,7 @@ def _read(status: int, raw: str, form: Callable[[int, str, Any], EndpointReply],
         return _error(status, raw, body)
     try:
         return form(status, raw, body)
-    except (TypeError, KeyError, IndexError, AttributeError):
+    except (TypeError, KeyError, IndexError, AttributeError, ValueError):
         return EndpointReply(MALFORMED, status, raw, f"the reply is not {what} in JSON", may_be_billed=True)
 
 
@@ -111,6 +118,25 @@ def _data(status: int, raw: str, body: Any) -> EndpointReply:
     text, model = json.dumps(data, separators=(",", ":")), _text(body.get("model"))
     written = None if tokens is None else 0
     return EndpointReply(OK, status, raw, None, text, "stop", model, tokens, written, may_be_billed=tokens is None)
+
+
+def _candidates(status: int, raw: str, body: Any) -> EndpointReply:
+    found = []
+    for choice in body["choices"]:
+        text, tokens = _text(choice["message"].get("content")), (choice.get("logprobs") or {}).get("content")
+        if text and not tokens:
+            raise KeyError("logprobs")
+        logprob = math.fsum(float(token["logprob"]) for token in tokens or ())
+        found.append({"text": text, "logprob": logprob, "finish": _text(choice.get("finish_reason"))})
+    if not found:
+        raise IndexError
+    usage = body.get("usage") or {}
+    tokens_in, tokens_out = (_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
+    if tokens_in is None or tokens_out is None:
+        tokens_in = tokens_out = None
+    written, model = json.dumps(found, ensure_ascii=False, separators=(",", ":")), _text(body.get("model"))
+    unknown = tokens_in is None
+    return EndpointReply(OK, status, raw, None, written, "stop", model, tokens_in, tokens_out, may_be_billed=unknown)
 
 
 def _completion(status: int, raw: str, body: Any) -> EndpointReply:

@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from silkie_jax.endpoints.agents import Agent, read_key
@@ -117,6 +117,8 @@ def run_stage(
         UserError: the budget is reached, a key or a price is missing, or an endpoint gave up.
         KeyboardInterrupt: interrupted; what was in flight is stored.
     """
+    # A batch is of chats.
+    agents = {name: replace(agent, batch=False) if name in (routes or {}) else agent for name, agent in agents.items()}
     if options.budget is not None:
         check_prices(agents)
     keys = {name: read_key(agent, name) for name, agent in agents.items() if not options.dry_run and not agent.local}
@@ -182,19 +184,26 @@ async def _send(
                 wire=Wire(run),
             )
             async with AsyncExitStack() as stack:
-                clients: dict[str, Client] = {}
-                # A refused request may have made room for another model's: go on until nothing is open.
+                clients = {
+                    name: await stack.enter_async_context(Client(agent, keys.get(name), route=routes.get(name, CHAT)))
+                    for name, agent in agents.items()
+                    if not agent.local
+                }
+                # A reply may have led to another request, of another agent's too: go on until nothing is open.
                 while not work.stop and (busy := _with_open(run, stage, agents)):
-                    for name in [n for n, agent in busy.items() if n not in clients and not agent.local]:
-                        client = Client(agents[name], keys.get(name), route=routes.get(name, CHAT))
-                        clients[name] = await stack.enter_async_context(client)
                     batched = {n: a for n, a in busy.items() if _batches(a, options)}
                     live = {n: a for n, a in busy.items() if n not in batched}
                     with work.stop.on_interrupt(_INTERRUPTED + (_IN_BATCHES if batched else "")):
                         await asyncio.gather(
                             run_batches(work, batched, clients, options.poll),
                             send_all(work, {n: a for n, a in live.items() if not a.local}, clients),
-                            _ask_own_models(work, {n: a for n, a in agents.items() if a.local}, routes),
+                            _ask_own_models(
+                                work,
+                                {n: a for n, a in agents.items() if a.local},
+                                {n: a for n, a in agents.items() if not a.local and n not in busy},
+                                clients,
+                                routes,
+                            ),
                         )
                     if not work.stop and _all_in_batches(run, stage, live):
                         mend = "leave out batch: false" if options.batch else "add --batch"
@@ -207,10 +216,20 @@ async def _send(
     return progress.outcomes
 
 
-async def _ask_own_models(work: StageWork, agents: dict[str, Agent], routes: Mapping[str, Route]) -> None:
+async def _ask_own_models(
+    work: StageWork,
+    agents: dict[str, Agent],
+    idle: dict[str, Agent],
+    idle_clients: Mapping[str, Client],
+    routes: Mapping[str, Route],
+) -> None:
     """Sends what is open for local models. Their servers run one after another: each takes all accelerators there are.
 
     Agents of one checkpoint share its server. What goes wrong with one stops the run as any endpoint's failure does.
+
+    Args:
+        idle: agents that nobody else asks meanwhile. What replies of local models want of them is sent from here, so
+            that a server stays while model and agent take turns.
     """
     for sharing in by_checkpoint(agents).values():
         if work.stop or not _with_open(work.run, work.stage, sharing):
@@ -224,8 +243,8 @@ async def _ask_own_models(work: StageWork, agents: dict[str, Agent], routes: Map
                     name: await stack.enter_async_context(Client(agent, None, url, routes.get(name, CHAT)))
                     for name, agent in sharing.items()
                 }
-                while not work.stop and (busy := _with_open(work.run, work.stage, sharing)):
-                    await send_all(work, busy, clients)
+                while not work.stop and (busy := _with_open(work.run, work.stage, sharing | idle)):
+                    await send_all(work, busy, {**idle_clients, **clients})
         except UserError as error:
             work.stop.set(error)
 

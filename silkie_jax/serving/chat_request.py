@@ -15,6 +15,7 @@ from silkie_jax.serving.model import ServedModel
 _READ = {
     *("model", "messages", "n", "seed", "stop", "temperature", "top_p", "max_tokens", "max_completion_tokens"),
     *("logprobs", "top_logprobs", "stream", "stream_options"),
+    *("include_stop_str_in_output", "continue_final_message", "add_generation_prompt"),
 }
 # They change nothing in an answer.
 _IGNORED = {
@@ -42,6 +43,7 @@ class ChatRequest:
     Attributes:
         request: for the engine, without the texts that end a reply, which are found in the decoded text.
         stops: these texts.
+        keep_stop: whether the text that ends a reply is part of it.
         continued: whether the reply goes on from a last message of the assistant.
         stream, include_usage: as server-sent events, and whether the last one counts tokens.
         logprobs, top_logprobs: whether each token's log-probability is wanted, and how many others beside it.
@@ -49,6 +51,7 @@ class ChatRequest:
 
     request: Request
     stops: tuple[str, ...]
+    keep_stop: bool
     continued: bool
     stream: bool
     include_usage: bool
@@ -66,6 +69,7 @@ def read_chat(body: bytes, model: ServedModel, limits: Limits) -> ChatRequest:
     check_fields(given, _READ, _IGNORED, _NEUTRAL)
     model.check_name(given.get("model"))
     tokens, images, continued = _prompt(given.get("messages"), model, limits)
+    _check_continuation(given)
     room = model.room(len(tokens), len(images))
     logprobs = flag(given, "logprobs")
     top = number(given, "top_logprobs", 0, int, 0, model.top_logprobs)
@@ -85,6 +89,7 @@ def read_chat(body: bytes, model: ServedModel, limits: Limits) -> ChatRequest:
             n=number(given, "n", 1, int, 1, limits.n),
         ),
         stops=_stops(given.get("stop"), limits),
+        keep_stop=flag(given, "include_stop_str_in_output"),
         continued=continued,
         stream=stream,
         include_usage=_include_usage(given, stream),
@@ -175,6 +180,18 @@ def _content(
         else:
             raise Refused(f"{name}: a part must be of type text or image_url, not {shown(kind)}", param=name)
     return "\n".join(texts), images
+
+
+def _check_continuation(given: Mapping[str, Any]) -> None:
+    """Whether a last message is continued follows from its role; what other servers want must agree with that."""
+    continues = given["messages"][-1]["role"] == "assistant"
+    for name, meant in (("continue_final_message", continues), ("add_generation_prompt", not continues)):
+        if given.get(name) is not None and flag(given, name) != meant:
+            raise Refused(
+                f"{name} must be {str(meant).lower()}: the last message is "
+                + ("the assistant's, and is continued" if continues else "not the assistant's"),
+                param=name,
+            )
 
 
 def _top_p(given: Mapping[str, Any], default: float) -> float:

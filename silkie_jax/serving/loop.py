@@ -138,7 +138,8 @@ class EngineThread:
             self._heard.append((job, error))
             return
         job.replies = [
-            ReplyText(self.model.tokenizer, sample, asked.stops, asked.continued) for sample in range(asked.request.n)
+            ReplyText(self.model.tokenizer, sample, asked.stops, asked.continued, asked.keep_stop)
+            for sample in range(asked.request.n)
         ]
         self._jobs[job.ticket] = job
 

@@ -41,13 +41,21 @@ class ReplyText:
     Args:
       stops: texts that end it: at the one that is complete first, which is cut off.
       continued: it goes on from a text, so that blanks at its start count.
+      keep_stop: the text that ends it is its last, and is not cut off.
     """
 
-    def __init__(self, tokenizer: Tokenizer, sample: int, stops: Sequence[str] = (), continued: bool = False):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sample: int,
+        stops: Sequence[str] = (),
+        continued: bool = False,
+        keep_stop: bool = False,
+    ):
         self.sample = sample
         self.count = 0
         self.finish: str | None = None
-        self._tokenizer, self._stops = tokenizer, stops
+        self._tokenizer, self._stops, self._keep_stop = tokenizer, stops, keep_stop
         self._endings = (tokenizer.im_end, tokenizer.im_start, tokenizer.end_of_text)
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
         self._open = ""  # decoded; a stop may still take it back
@@ -90,7 +98,8 @@ class ReplyText:
         self._open += text
         found = [(at + len(stop), at) for stop in self._stops if (at := self._open.find(stop)) >= 0]
         if found:
-            self._open = self._open[: min(found)[1]]
+            end, begin = min(found)
+            self._open = self._open[: end if self._keep_stop else begin]
             self.finish = STOP
             return self._pass(len(self._open))
         return self._pass(len(self._open) - self._begun())

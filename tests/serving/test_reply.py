@@ -92,3 +92,13 @@ def test_tokens_are_those_of_the_text(stops, pieces):
     deltas = feed(tokens, [1] * 20, stops, finish="stop")
     assert [TOKENIZER.decode([token.token]) for delta in deltas for token in delta.tokens] == pieces
     assert deltas[-1].count == len(tokens) - bool(stops)
+
+
+def test_the_text_that_ends_a_reply_can_be_kept():
+    tokens = TOKENIZER.encode("the ab. the ba. the")
+    for keep, text in ((False, "the ab"), (True, "the ab.")):
+        reply = ReplyText(TOKENIZER, 0, ["."], keep_stop=keep)
+        delta = reply.feed(tokens, [-0.5] * len(tokens), [[]] * len(tokens), "length")
+        assert (delta.text, delta.finish) == (text, "stop")
+        said = b"".join(TOKENIZER.bpe.decode_single_token_bytes(one.token) for one in delta.tokens)
+        assert said.decode().startswith(text), "each of its tokens has its log-probability"
