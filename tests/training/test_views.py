@@ -4,13 +4,14 @@ The expected side is the NumPy oracle, and rows of one response each, which know
 """
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
 
 from silkie_jax.checkpoints.weights import load_model
 from silkie_jax.corpus import Record, Response
-from silkie_jax.hardware.mesh import make_mesh
+from silkie_jax.hardware.mesh import make_mesh, sharding_of
 from silkie_jax.models.qwen_vl.image import read_image
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.preference.batches import collate, decode_images
@@ -165,9 +166,10 @@ def test_packed_and_accumulated_rows_with_views_are_one_batch(tokenizer, dpo, ro
 
 
 @pytest.mark.slow
-def test_a_mesh_gives_the_loss_and_the_gradients_of_one_device(tokenizer, model, rows, one_device):
+def test_a_mesh_gives_the_loss_and_the_gradients_of_one_device(folder, tokenizer, rows, one_device):
+    mesh = make_mesh(2, 2, 2)
     objective = Objective("sigmoid", LossOptions(BETA), "precomputed", remat="none")
-    steps = Steps(model, objective, mesh=make_mesh(2, 2, 2))
+    steps = Steps(load_model(folder, sharding_of=partial(sharding_of, mesh)), objective, mesh=mesh)
     check(steps(arrays(tokenizer, [[row] for row in rows])), one_device)
 
 
