@@ -1,7 +1,8 @@
 """The real training step in variants, each against the first one, and against a PyTorch peer.
 
     python -m benchmarks.step [--size scaled] [--remat full dots none] [--batch-rows 4] [--reference precomputed]
-        [--attention auto] [--also KEY=VALUE,...] [--set KEY=VALUE ...] [--peer [trl tricks ...]] [--out results]
+        [--attention auto] [--loss sigmoid '{name: vdpo, guide: policy}'] [--also KEY=VALUE,...] [--set KEY=VALUE ...]
+        [--peer [trl tricks ...]] [--out results]
 
 The step is that of `silkie train configs/silkie.yaml` (training/trainer.py) with random weights, made on the device;
 its input lies there before the clock starts. `--size full` is Qwen-VL-Chat, 9.66 billion parameters with LoRA of rank
@@ -38,6 +39,7 @@ VARIED: dict[str, list[str]] = {
     "accumulate": ["1"],
     "remat": ["full", "dots", "none"],
     "reference": ["precomputed"],
+    "loss": ["sigmoid"],
     "attention": ["auto"],
     "features": ["live"],
     "quantize": ["null"],
@@ -143,7 +145,8 @@ def make_batch(
     else:
         flat["images"] = np.stack([instruction.image for instruction in made])[:, None]
     if train.reference == "precomputed":
-        flat["reference_logps"] = np.zeros((count, shape.branches), np.float32)
+        for name in ("reference_logps", *(["reference_null_logps"] if train.stored_null_image else [])):
+            flat[name] = np.zeros((count, shape.branches), np.float32)
     arrays = {k: v.reshape(train.accumulate, train.batch_rows, *v.shape[1:]) for k, v in flat.items()}
     return arrays, shape, work_of(rows)
 
@@ -184,19 +187,24 @@ def measure(options: dict[str, Any]) -> turns.Measured:
         train = dataclasses.replace(train, attention=kernel)
     program = Program(train, config, mesh, steps=1000)
     arrays, shape, work = make_batch(config, train, options["tokens"], platform_of(mesh) == "gpu")
+    if program.numbers_pairs:
+        arrays["pair_order"] = (np.cumsum(arrays["pair_mask"]) - 1).reshape(arrays["pair_mask"].shape).astype(np.int32)
     began = time.perf_counter()
     compiled = program.lower(shape).compile()
     compile_seconds = time.perf_counter() - began
     state, batch = random_state(program), put(arrays, mesh)
-    trainable, optimizer = state.trainable, state.optimizer  # given away (donated) to each step
+    # Given away (donated) to each step, but for the memory.
+    trainable, optimizer, memory = state.trainable, state.optimizer, state.memory
     losses, clock = [], turns.Clock()
     for _ in range(options["warmup"] + options["steps"]):
         with clock.step():
-            trainable, optimizer, metrics = compiled(trainable, optimizer, state.frozen, state.reference, batch)
+            trainable, optimizer, memory, metrics = compiled(
+                trainable, optimizer, memory, state.frozen, state.reference, batch
+            )
             losses.append(float(metrics["loss"]))  # waits for the step
-    memory: Any = compiled.memory_analysis()
-    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    sizes: Any = compiled.memory_analysis()
+    needed = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
+    needed += sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     device = mesh.devices.flat[0]
     chip = find_chip(device.device_kind)
     return turns.Measured(

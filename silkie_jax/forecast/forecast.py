@@ -299,9 +299,12 @@ def _traffic(config: TrainConfig, program: "Program", shape: "Shape") -> float:
     import jax
     import numpy as np
 
+    from silkie_jax.training.config import training_of
+
     state, mesh = program.shapes, program.mesh
     weights = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((state.trainable, state.frozen)))
     passes = 2 + (config.remat == "full") + (config.reference in ("adapter_off", "copy"))
+    passes += training_of(config).null_passes
     model = program.model_config
     rows = shape.sequences / (mesh.shape["data"] * mesh.shape["fsdp"])
     width = 10 * model.hidden_size + 6 * model.mlp_width + 4 * model.attention_width

@@ -52,6 +52,8 @@ class Batch:
       features [A, B, M, 256, W]   (in their place where features are stored)
       spans int32 [A, B, I]   (which image stands at each <img>; only where rows have views, else each in order)
       reference_logps float32 [A, B, K]   (only with a stored reference)
+      reference_null_logps float32 [A, B, K]   (the same under the null image, where a loss needs it)
+      pair_order int32 [A, B, P]   (where it matters: numbers the step's pairs as the plan has them, whatever the grid)
     """
 
     arrays: Arrays
@@ -142,6 +144,8 @@ class BatchSource:
     ):
         self.corpus, self.indices, self.grid = corpus, indices, grid
         self.tokenizer, self.options, self.reference, self.features = tokenizer, options, reference, features
+        self.null_reference: ReferenceLogps | None = None  # its log-probabilities under the null image
+        self.numbers_pairs = False
         self.image_size, self.layout = image_size, layout
         self.local = local or (lambda count: np.ones(count, bool))
 
@@ -162,16 +166,24 @@ class BatchSource:
             flat |= decode_images(rows, shape.images, self.image_size, local)
         else:
             flat |= read_features(rows, shape.images, self.features, local)
-        if self.reference is not None:
-            flat["reference_logps"] = np.zeros((len(groups), shape.branches), np.float32)
-            for values, group, laid_out in zip(flat["reference_logps"], groups, rows, strict=True):
-                known = [
-                    self.reference(int(self.indices[i]), row.responses) for i, row in zip(group, laid_out, strict=True)
-                ]
-                values[: sum(map(len, known))] = np.concatenate([*known, []])
+        for name, known in (("reference_logps", self.reference), ("reference_null_logps", self.null_reference)):
+            if known is not None:
+                flat[name] = self._stored(known, groups, rows, shape)
+        if self.numbers_pairs:
+            flat["pair_order"] = _pair_order(self.grid.plan.records(step).tolist(), groups, rows, shape)
         arrays = {k: v.reshape(shape.batches, shape.sequences, *v.shape[1:]) for k, v in flat.items()}
         work = sum((_work(row) for group in rows for row in group), Work())
         return Batch(arrays, [row.id for group in rows for row in group], work, shape)
+
+    def _stored(
+        self, known: ReferenceLogps, groups: list[list[int]], rows: list[list[Row]], shape: Shape
+    ) -> Float[np.ndarray, "G K"]:
+        """Stored log-probabilities of every branch."""
+        out = np.zeros((len(groups), shape.branches), np.float32)
+        for values, group, laid_out in zip(out, groups, rows, strict=True):
+            found = [known(int(self.indices[i]), row.responses) for i, row in zip(group, laid_out, strict=True)]
+            values[: sum(map(len, found))] = np.concatenate([*found, []])
+        return out
 
     def iterate(self, start: int, stop: int, workers: int = 2) -> Iterator[Batch]:
         """The batches of steps start..stop-1, prepared ahead by threads."""
@@ -207,6 +219,20 @@ def _work(row: Row) -> Work:
     segments = [row_work(*lengths, labels=0, images=0) for lengths in response_lengths(row.branches)]
     own = {"rows": 1, "labels": len(row.labels), "images": len(row.images), "pairs": len(row.pairs)}
     return dataclasses.replace(sum(segments, Work()), **own)
+
+
+def _pair_order(
+    records: list[int], groups: list[list[int]], rows: list[list[Row]], shape: Shape
+) -> Int[np.ndarray, "G P"]:
+    """Numbers pairs in the order of `records`, which is that of the plan; -1 where there is no pair."""
+    laid_out = (pair for group, made in zip(groups, rows, strict=True) for pair in zip(group, made, strict=True))
+    counts = {i: len(row.pairs) for i, row in laid_out}
+    first = dict(zip(records, np.cumsum([0, *(counts[i] for i in records)]).tolist(), strict=False))
+    out = np.full((len(groups), shape.pairs), -1, np.int32)
+    for numbers, group in zip(out, groups, strict=True):
+        found = [first[i] + n for i in group for n in range(counts[i])]
+        numbers[: len(found)] = found
+    return out
 
 
 def collate(groups: Sequence[Sequence[Row]], shape: Shape, pad: int) -> Arrays:

@@ -12,7 +12,7 @@ from silkie_jax.models.qwen_vl.model import QwenVL
 from silkie_jax.nn.attention import PLAIN, Kernel
 from silkie_jax.nn.flash import FLASH
 from silkie_jax.nn.lora import LINEAR
-from silkie_jax.preference.logprobs import branch_sums, token_scores
+from silkie_jax.preference.logprobs import Through, branch_sums, mixed_scores, token_scores
 
 
 class Scores(NamedTuple):
@@ -22,24 +22,39 @@ class Scores(NamedTuple):
     greedy: Float[Array, "B K"]
 
 
-def response_scores(
+class MixedSums(NamedTuple):
+    """The same, with the log-probabilities of another model and of the extrapolated one (logprobs.mixed_scores)."""
+
+    logps: Float[Array, "B K"]
+    greedy: Float[Array, "B K"]
+    against: Float[Array, "B K"]
+    mixed: Float[Array, "B K"]
+
+
+class Hidden(NamedTuple):
+    """What a model makes of a batch before its tokens meet the vocabulary, and the matrix that they then meet."""
+
+    states: Float[Array, "B T W"]
+    head: Float[Array, "V W"]
+
+
+def hidden_states(
     model: QwenVL,
     batch: dict[str, Array],
     features: Array | None,
     *,
-    branches: int,
     adapter: bool,
     wrap: Callable,
     kernel: Kernel = PLAIN,
     frozen_head: bool = False,
-) -> Scores:
-    """Scores of each branch's labels, in training mode.
+) -> Hidden:
+    """The model's pass over rows, in training mode.
 
     `features` are of each sequence's images [B, M, 256, W], encoded once each, however often a sequence shows them.
     """
     if features is not None and "spans" in batch:
         features = jax.vmap(lambda images, spans: images[spans])(features, batch["spans"])
-    hidden = model.hidden(
+    states = model.hidden(
         batch["tokens"],
         batch["positions"],
         batch["branches"],
@@ -53,8 +68,38 @@ def response_scores(
     if frozen_head and kernel.mesh is not None:  # gathered once, and not again for every chunk
         where = sharding_of(kernel.mesh, ("vocab", None), head.shape)
         head = jax.lax.with_sharding_constraint(head, where)
-    found = token_scores(hidden, batch["predecessors"], batch["labels"], head, frozen_head=frozen_head)
+    return Hidden(states, head)
+
+
+def response_scores(batch: dict[str, Array], hidden: Hidden, *, branches: int, frozen_head: bool = False) -> Scores:
+    """Scores of each branch's labels."""
+    found = token_scores(hidden.states, batch["predecessors"], batch["labels"], hidden.head, frozen_head=frozen_head)
     return Scores(*(branch_sums(values, batch["label_branches"], branches) for values in found))
+
+
+def extrapolated_scores(
+    batch: dict[str, Array],
+    hidden: Hidden,
+    against: Hidden,
+    factor: float,
+    through: Through,
+    *,
+    branches: int,
+    frozen_head: bool = False,
+) -> MixedSums:
+    """Those of a model, of another one, and of the first one's scores extrapolated away from the other's."""
+    found = mixed_scores(
+        hidden.states,
+        against.states,
+        batch["predecessors"],
+        batch["labels"],
+        hidden.head,
+        against.head,
+        factor,
+        through,
+        frozen_head=frozen_head,
+    )
+    return MixedSums(*(branch_sums(values, batch["label_branches"], branches) for values in found))
 
 
 def image_features(

@@ -1,6 +1,8 @@
 """Log-probabilities of labelled tokens without ever holding [batch, length, vocabulary]."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,26 @@ from silkie_jax.nn.precision import precision
 CHUNK = 128  # labelled positions of a row that meet the vocabulary at once
 
 
+Through = Literal["all", "base", "nothing"]
+
+
+def extrapolate(
+    a: Float[Array, "..."], b: Float[Array, "..."], factor: float, through: Through = "all"
+) -> Float[Array, "..."]:
+    """a + factor x (a - b), of log-probabilities or of scores: beyond one model, away from another.
+
+    V-DPO's guidance (b: without the image) and SPA's de-coupled margin (b: the reference) are this line. No gradient
+    flows to b. `through` says which flows to a: `all` of it, 1 + factor; that of the `base` alone, 1; or `nothing`.
+    """
+    beyond = factor * (a - jax.lax.stop_gradient(b))
+    match through:
+        case "all":
+            return a + beyond
+        case "base":
+            return a + jax.lax.stop_gradient(beyond)
+    return jax.lax.stop_gradient(a + beyond)
+
+
 class TokenScores(NamedTuple):
     """Of each label, in float32: log p(label | what its predecessor has seen), and 1 where no token is likelier.
 
@@ -19,6 +41,18 @@ class TokenScores(NamedTuple):
 
     logps: Float[Array, "B N"]
     greedy: Float[Array, "B N"]
+
+
+class MixedScores(NamedTuple):
+    """The same, with log p(label) by another model, `against`, and by the extrapolated scores of both, `mixed`.
+
+    Gradients flow through `logps` and `mixed` to the first model's hidden states.
+    """
+
+    logps: Float[Array, "B N"]
+    greedy: Float[Array, "B N"]
+    against: Float[Array, "B N"]
+    mixed: Float[Array, "B N"]
 
 
 def token_logprobs(
@@ -53,23 +87,65 @@ def token_scores(
     flows to `head`, and the gradient of each log-probability with respect to its hidden state, W[label] - p W, is made
     in the forward pass, while the scores are there: two matmuls with the vocabulary instead of three.
     """
-    batch, count = labels.shape
-    chunk = min(chunk, count)
-    chunks = -(-count // chunk)
-    pad = ((0, 0), (0, chunks * chunk - count))
-
-    def by_chunk(x: Int[Array, "B N"]) -> Int[Array, "C B c"]:
-        return jnp.pad(x, pad).reshape(batch, chunks, chunk).swapaxes(0, 1)
-
-    picked = by_chunk(predecessors)
-    rows = jnp.take_along_axis(hidden, picked.swapaxes(0, 1).reshape(batch, -1)[..., None], axis=1)
-    rows = rows.reshape(batch, chunks, chunk, -1).swapaxes(0, 1)  # [C, B, c, W]
+    chunks = _Chunks(predecessors, labels, chunk)
     if frozen_head:
-        out = _frozen_head(rows, by_chunk(labels), head)
+        out = _frozen_head(chunks.rows(hidden), chunks.labels, head)
     else:
         again = jax.checkpoint(_of_labels)
-        out = jax.lax.map(lambda x: again(x[0], x[1], head), (rows, by_chunk(labels)))
-    return TokenScores(*(x.swapaxes(0, 1).reshape(batch, -1)[:, :count] for x in out))
+        out = jax.lax.map(lambda x: again(x[0], x[1], head), (chunks.rows(hidden), chunks.labels))
+    return TokenScores(*map(chunks.join, out))
+
+
+def mixed_scores(
+    hidden: Float[Array, "B T W"],
+    against: Float[Array, "B T W"],
+    predecessors: Int[Array, "B N"],
+    labels: Int[Array, "B N"],
+    head: Float[Array, "V W"],
+    against_head: Float[Array, "V W"],
+    factor: float,
+    through: Through,
+    *,
+    frozen_head: bool = False,
+    chunk: int = CHUNK,
+) -> MixedScores:
+    """`token_scores` of two models from their hidden states of the same rows, and of both models' scores extrapolated.
+
+    Extrapolated are a chunk's scores before the softmax, in float32: `extrapolate(own, other, factor, through)`. Both
+    are there for the log-probabilities of the two models, so that the third costs no product with the vocabulary. (Of
+    hidden states in bfloat16 the same line would be off by a hundredth of a nat a token.)
+    """
+    chunks = _Chunks(predecessors, labels, chunk)
+    arrays = chunks.rows(hidden), chunks.rows(jax.lax.stop_gradient(against)), chunks.labels
+    against_head = jax.lax.stop_gradient(against_head)
+    if frozen_head:
+        out = _frozen_mixed(factor, through, *arrays, head, against_head)
+    else:
+        again = jax.checkpoint(partial(_mixed_labels, factor, through))
+        out = jax.lax.map(lambda x: again(*x, head, against_head), arrays)
+    return MixedScores(*map(chunks.join, out))
+
+
+class _Chunks:
+    """Labels and the hidden states that predict them, cut into C chunks of c labels a row."""
+
+    def __init__(self, predecessors: Int[Array, "B N"], labels: Int[Array, "B N"], chunk: int):
+        self.batch, self.count = labels.shape
+        self.chunk = min(chunk, self.count)
+        self.chunks = -(-self.count // self.chunk)
+        self.labels, self._picked = self._cut(labels), self._cut(predecessors)
+
+    def _cut(self, x: Int[Array, "B N"]) -> Int[Array, "C B c"]:
+        padded = jnp.pad(x, ((0, 0), (0, self.chunks * self.chunk - self.count)))
+        return padded.reshape(self.batch, self.chunks, self.chunk).swapaxes(0, 1)
+
+    def rows(self, hidden: Float[Array, "B T W"]) -> Float[Array, "C B c W"]:
+        picked = self._picked.swapaxes(0, 1).reshape(self.batch, -1)[..., None]
+        rows = jnp.take_along_axis(hidden, picked, axis=1)
+        return rows.reshape(self.batch, self.chunks, self.chunk, -1).swapaxes(0, 1)
+
+    def join(self, x: Float[Array, "C B c"]) -> Float[Array, "B N"]:
+        return x.swapaxes(0, 1).reshape(self.batch, -1)[:, : self.count]
 
 
 def _of_labels(rows: Float[Array, "B c W"], labels: Int[Array, "B c"], head: Float[Array, "V W"]) -> TokenScores:
@@ -103,18 +179,19 @@ def _frozen_head_forward(rows: Array, labels: Array, head: Array) -> tuple[Token
     def one(x: tuple[Array, Array]) -> tuple[TokenScores, Array]:
         hidden, label = x
         found, scores, total = _chunk(hidden, label, head)
-        weights = head.astype(hidden.dtype)
-        probabilities = jnp.exp(scores - total[..., None]).astype(hidden.dtype)
-        expected = jnp.einsum(
-            "bcv,vw->bcw",
-            probabilities,
-            weights,
-            precision=precision(hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        return found, (weights[label] - expected).astype(hidden.dtype)
+        return found, _direction(scores, total, label, head, hidden.dtype)
 
     return jax.lax.map(one, (rows, labels))
+
+
+def _direction(scores: Array, total: Array, labels: Array, head: Array, dtype: jnp.dtype) -> Float[Array, "B c W"]:
+    """The gradient of each log-probability by its hidden state, W[label] - p W."""
+    weights = head.astype(dtype)
+    probabilities = jnp.exp(scores - total[..., None]).astype(dtype)
+    expected = jnp.einsum(
+        "bcv,vw->bcw", probabilities, weights, precision=precision(dtype), preferred_element_type=jnp.float32
+    )
+    return (weights[labels] - expected).astype(dtype)
 
 
 def _frozen_head_backward(directions: Array, cotangent: TokenScores) -> tuple[Array, None, None]:
@@ -122,6 +199,60 @@ def _frozen_head_backward(directions: Array, cotangent: TokenScores) -> tuple[Ar
 
 
 _frozen_head.defvjp(_frozen_head_forward, _frozen_head_backward)
+
+
+def _mixed_labels(
+    factor: float, through: Through, rows: Array, others: Array, labels: Array, head: Array, other_head: Array
+) -> MixedScores:
+    return _mixed_chunk(factor, through, rows, others, labels, head, other_head)[0]
+
+
+def _mixed_chunk(
+    factor: float, through: Through, rows: Array, others: Array, labels: Array, head: Array, other_head: Array
+) -> tuple[MixedScores, list[tuple[Float[Array, "B c V"], Float[Array, "B c"]]]]:
+    """The labels' scores, and of the first model and of the mixture: all scores and their log-sum-exp."""
+    own, scores, total = _chunk(rows, labels, head)
+    other, other_scores, _ = _chunk(others, labels, other_head)
+    mixed = extrapolate(scores, other_scores, factor, through)
+    mixed_total = jax.nn.logsumexp(mixed, axis=-1)
+    label = jnp.take_along_axis(mixed, labels[..., None], axis=-1)[..., 0]
+    found = MixedScores(own.logps, own.greedy, jax.lax.stop_gradient(other.logps), label - mixed_total)
+    return found, [(scores, total), (mixed, mixed_total)]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _frozen_mixed(
+    factor: float, through: Through, rows: Array, others: Array, labels: Array, head: Array, other_head: Array
+) -> MixedScores:
+    return jax.lax.map(
+        lambda x: _mixed_labels(factor, through, x[0], x[1], x[2], head, other_head), (rows, others, labels)
+    )
+
+
+def _frozen_mixed_forward(
+    factor: float, through: Through, rows: Array, others: Array, labels: Array, head: Array, other_head: Array
+) -> tuple[MixedScores, tuple[Array, Array | None]]:
+    slope = {"all": 1 + factor, "base": 1.0, "nothing": 0.0}[through]  # of `extrapolate` by its first argument
+
+    def one(x: tuple[Array, Array, Array]) -> tuple[MixedScores, tuple[Array, Array | None]]:
+        found, (own, mixed) = _mixed_chunk(factor, through, *x, head, other_head)
+        towards: Callable = partial(_direction, labels=x[2], head=head, dtype=x[0].dtype)
+        return found, (towards(*own), slope * towards(*mixed) if slope else None)
+
+    return jax.lax.map(one, (rows, others, labels))
+
+
+def _frozen_mixed_backward(
+    factor: float, through: Through, directions: tuple[Array, Array | None], cotangent: MixedScores
+) -> tuple[Array, None, None, None, None]:
+    own, mixed = directions
+    rows = cotangent.logps[..., None].astype(own.dtype) * own
+    if mixed is not None:
+        rows = rows + cotangent.mixed[..., None].astype(mixed.dtype) * mixed
+    return rows, None, None, None, None
+
+
+_frozen_mixed.defvjp(_frozen_mixed_forward, _frozen_mixed_backward)
 
 
 def branch_sums(values: Float[Array, "B N"], label_branches: Int[Array, "B N"], branches: int) -> Float[Array, "B K"]:

@@ -13,6 +13,7 @@ from silkie_jax.hardware.distributed import together
 from silkie_jax.hardware.kernel import sound_kernel
 from silkie_jax.hardware.mesh import make_mesh, sharding_of
 from silkie_jax.models.qwen_vl.model import PARTS, QwenVL
+from silkie_jax.models.qwen_vl.null_image import NullImage
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.preference.rows import ROW_FORM
 from silkie_jax.scoring.features import find_features
@@ -26,7 +27,8 @@ def compute_reference(config: Settings) -> Path:
     """Computes what is missing of the reference's log-probabilities and returns their folder.
 
     The reference is the policy as training starts: the model, with the adapter that the configuration names, if any. (A
-    new adapter changes nothing yet.) What is done is kept; the same command continues.
+    new adapter changes nothing yet.) Where the loss needs them, those with the null image are computed, too (V-DPO).
+    What is done is kept; the same command continues.
     """
     main = jax.process_index() == 0
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -44,8 +46,8 @@ def compute_reference(config: Settings) -> Path:
             parts=parts,
             quantize=config.quantize,
         )
-    store = ReferenceStore(corpus.path, identity(config, model, tokenizer, corpus, tower), len(corpus))
-    scorer = Scorer(
+    make_scorer = partial(
+        Scorer,
         model,
         tokenizer,
         mesh,
@@ -57,16 +59,32 @@ def compute_reference(config: Settings) -> Path:
         kernel=sound_kernel(config.attention, config.dtype, mesh, say=print if main else lambda line: None),
         features=features,
     )
+    depends, null = identity(config, model, tokenizer, corpus, tower), config.stored_null_image
+    store = ReferenceStore(corpus.path, depends, len(corpus))
+    _complete(store, make_scorer(), corpus, "reference")
+    if null:
+        under = ReferenceStore(corpus.path, under_null(depends, null), len(corpus))
+        _complete(under, make_scorer(null=null), corpus, f"reference with {null} image")
+    return store.folder
+
+
+def _complete(store: ReferenceStore, scorer: Scorer, corpus: CorpusReader, what: str) -> None:
+    """Computes the parts that a store lacks."""
+    main = jax.process_index() == 0
     missing = missing_parts(store)
     rows = sum(len(store.range(part)) for part in missing)
-    with tqdm(total=rows, desc="reference", unit="row", disable=not main) as bar:
+    with tqdm(total=rows, desc=what, unit="row", disable=not main) as bar:
         for part in missing:
             scored = scorer(corpus.batch(store.range(part)))
             with together():
                 if main:
                     store.write(part, [s.logps for s in scored])
             bar.update(len(scored))
-    return store.folder
+
+
+def under_null(depends: Identity, null: NullImage) -> Identity:
+    """What log-probabilities depend on that are taken with the null image in the place of every image."""
+    return {**depends, "image": str(null)}
 
 
 def identity(

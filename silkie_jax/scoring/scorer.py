@@ -5,6 +5,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -13,10 +14,11 @@ from jaxtyping import Float
 from silkie_jax.corpus import Record
 from silkie_jax.hardware.mesh import batch_shards, local_sequences, platform_of, put, replicated
 from silkie_jax.models.qwen_vl.model import QwenVL
+from silkie_jax.models.qwen_vl.null_image import NullImage, null_features
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.nn.attention import PLAIN, Kernel
 from silkie_jax.preference.batches import Features, collate, decode_images, read_features
-from silkie_jax.preference.forward import block_wrapper, image_features, response_scores
+from silkie_jax.preference.forward import block_wrapper, hidden_states, image_features, response_scores
 from silkie_jax.preference.grid import bucket, make_shape, round_up
 from silkie_jax.preference.layout import row_sizes
 from silkie_jax.preference.rows import Row, RowTooLong, make_row
@@ -36,8 +38,9 @@ class Scorer:
     """A compiled forward pass over rows that hold all responses of a record.
 
     `batch_rows` of them go at once; where they are so long that this would be more than `batch_tokens`, fewer, but at
-    least one a device. With stored `features` of their images the model needs no vision tower. `few_programs` pads
-    more, to one shape for each length: for rows that come one by one, where compiling takes longer than it saves.
+    least one a device. With stored `features` of their images the model needs no vision tower. With `null` that stands
+    in the place of every image, and log-probabilities are means over its draws. `few_programs` pads more, to one shape
+    for each length: for rows that come one by one, where compiling takes longer than it saves.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Scorer:
         kernel: Kernel = PLAIN,
         features: Features | None = None,
         few_programs: bool = False,
+        null: NullImage | None = None,
     ):
         self.features = features
         self.config, self.tokenizer, self.mesh, self.workers = model.config, tokenizer, mesh, workers
@@ -68,9 +72,14 @@ class Scorer:
             policy = nnx.merge(graph, state)
             rows = jax.tree.map(lambda x: x[0], batch)
             wrap = block_wrapper("none", mesh)
-            features = image_features(policy, rows, wrap, kernel)
-            found = response_scores(policy, rows, features, branches=branches, adapter=True, wrap=wrap, kernel=kernel)
-            return found.logps
+            draws = [image_features(policy, rows, wrap, kernel)]
+            if null is not None and draws[0] is not None:
+                draws = [jnp.broadcast_to(x.astype(policy.dtype), draws[0].shape) for x in null_features(policy, null)]
+            logps = []
+            for images in draws:
+                hidden = hidden_states(policy, rows, images, adapter=True, wrap=wrap, kernel=kernel)
+                logps.append(response_scores(rows, hidden, branches=branches).logps)
+            return sum(logps[1:], logps[0]) / len(logps)
 
         self._forward = forward
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
+from silkie_jax.models.qwen_vl.null_image import NullImage
 from silkie_jax.scoring.store import Store
 
 
@@ -35,6 +36,9 @@ class Settings(Protocol):
 
     @property
     def mesh(self) -> MeshSizes: ...
+
+    @property
+    def stored_null_image(self) -> NullImage | None: ...
 
 
 def missing_parts(store: Store) -> list[int]:

@@ -87,8 +87,7 @@ def _facts(config: TrainConfig, run: Path, step: int | None) -> Iterator[tuple[s
         yield "adapter to begin with", place(config.adapter, "adapter")
     yield "corpus", place(config.corpus, "corpus")
     if config.objective == "dpo":
-        loss = f"{config.loss}, beta {config.beta:g}"
-        yield "loss", loss + (f", likelihood of chosen responses {config.sft_weight:g}" if config.sft_weight else "")
+        yield "loss", "; ".join(map(str, config.terms))
         yield "pairs", f"{config.pair_rule or 'as the corpus gives them, or by mean rating'}"
         yield "reference", str(config.reference)
     else:

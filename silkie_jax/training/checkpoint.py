@@ -29,24 +29,27 @@ class Checkpoints:
         """Updates done at the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, trainable: nnx.State, optimizer: Any) -> None:
-        """Starts writing; the arrays may be donated as soon as this returns."""
-        self._manager.save(step, args=ocp.args.StandardSave(_named(trainable, optimizer)))
+    def save(self, step: int, *state: Any) -> None:
+        """Starts writing what is trained, the optimiser's state and what else a run keeps, in this order.
 
-    def restore(self, step: int, trainable: nnx.State, optimizer: Any) -> tuple[nnx.State, Any]:
-        """Reads checkpoint `step` into the shapes, types and shardings of the arrays given.
+        The arrays may be donated as soon as this returns. A part without arrays leaves no trace.
+        """
+        self._manager.save(step, args=ocp.args.StandardSave(_named(*state)))
+
+    def restore(self, step: int, *state: Any) -> tuple[Any, ...]:
+        """Reads checkpoint `step` into the shapes, types and shardings of the arrays given, in the order of `save`.
 
         Raises:
           UserError: the checkpoint does not fit the run.
         """
-        named = _named(trainable, optimizer)
+        named = _named(*state)
         like = {name: ocp.utils.to_shape_dtype_struct(leaf) for name, leaf in named.items()}
         try:
             found = self._manager.restore(step, args=ocp.args.StandardRestore(like))
         except (ValueError, KeyError, FileNotFoundError) as e:
             reason = str(e).splitlines()[0]
             raise UserError(f"{self.folder / str(step)}: does not fit this run ({reason}); use a new run_dir") from e
-        return jax.tree.unflatten(jax.tree.structure((trainable, optimizer)), [found[name] for name in named])
+        return jax.tree.unflatten(jax.tree.structure(state), [found[name] for name in named])
 
     def close(self) -> None:
         """Waits for the last save."""
@@ -73,7 +76,7 @@ def read_trainable(folder: Path, step: int, like: nnx.State) -> nnx.State:
     Raises:
       UserError: the checkpoint does not fit, is damaged, or the run has removed it meanwhile.
     """
-    named = _named(like, ())
+    named = _named(like)
     form = ocp.args.PyTreeRestore(
         {name: np.zeros(()) for name in named},
         restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in named},
@@ -99,7 +102,7 @@ def _reader(folder: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(read_only=True))
 
 
-def _named(trainable: nnx.State, optimizer: Any) -> dict[str, jax.Array]:
-    """Every array under its path, in the order of the tree."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path((trainable, optimizer))
+def _named(*state: Any) -> dict[str, jax.Array]:
+    """Every array under its path, in the order of the tree; paths begin with the part's number."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

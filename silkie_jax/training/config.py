@@ -7,9 +7,10 @@ from typing import Any
 from silkie_jax.corpus.imitation import check_imitate, plain_imitate
 from silkie_jax.errors import UserError
 from silkie_jax.models.qwen_vl.flops import Training
+from silkie_jax.models.qwen_vl.null_image import NullImage
 from silkie_jax.nn.quantize import METHODS
 from silkie_jax.preference.condition import check_condition
-from silkie_jax.preference.losses import LossOptions, check_loss
+from silkie_jax.preference.losses import LossOptions, Term, passes_of, read_loss
 
 OBJECTIVES = ("dpo", "sft")
 REFERENCES = ("adapter_off", "copy", "precomputed")
@@ -80,7 +81,7 @@ class TrainConfig:
     objective: str = "dpo"
     imitate: Any = None  # responses that sft imitates, by name or with options; None: chosen, with a condition all
     condition: Any = None  # of sft: what is said of each response below its question
-    loss: str = "sigmoid"
+    loss: Any = "sigmoid"  # a name, {name: ..., options}, or a list of those with weights (losses/table.py)
     beta: float = 0.1
     label_smoothing: float = 0.0
     sft_weight: float = 0.0  # of the likelihood of chosen responses beside the loss of their pairs
@@ -119,6 +120,17 @@ class TrainConfig:
     @property
     def loss_options(self) -> LossOptions:
         return LossOptions(self.beta, self.label_smoothing, self.sft_weight)
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The losses of pairs that are added up; none for objective sft."""
+        return read_loss(self.loss, self.loss_options) if self.objective == "dpo" else ()
+
+    @property
+    def stored_null_image(self) -> NullImage | None:
+        """The null image under which a stored reference is needed, too; None: it is not, or computed."""
+        nulls = [term.needs.null for term in self.terms if self.reference == "precomputed"]
+        return next((null.image for null in nulls if null and null.of == "reference"), None)
 
 
 def complete(config: TrainConfig, where: str = "config") -> TrainConfig:
@@ -160,7 +172,7 @@ def _check(config: TrainConfig, where: str) -> None:
     def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
         need(value in choices, f"{key}: {value!r} is unknown; choose one of {', '.join(choices)}")
 
-    def checked(check: Callable[..., None], *values: Any) -> None:
+    def checked(check: Callable[..., Any], *values: Any) -> None:
         try:
             check(*values)
         except UserError as e:
@@ -262,17 +274,35 @@ def _check(config: TrainConfig, where: str) -> None:
             f"reference adapter_off needs a frozen vision tower, but train_vision is {config.train_vision}; "
             "use reference: copy",
         )
-    checked(check_loss, config.loss, config.loss_options)
+    checked(read_loss, config.loss, config.loss_options)
+    for term in config.terms:
+        null, mixed = term.needs.null, term.needs.mixed
+        need(
+            config.features != "precomputed" or null is None or null.image is None or null.image.kind == "tokens",
+            f"loss {term.name} has its null image encoded by the vision tower, which features precomputed leaves out; "
+            "use features: live, or loss.null_image: tokens",
+        )
+        need(
+            config.reference != "precomputed" or mixed is None or mixed.against.of != "reference",
+            f"loss {term.name} extrapolates the reference's scores, and reference precomputed has its "
+            "log-probabilities alone; use reference: adapter_off or copy",
+        )
 
 
 def training_of(config: TrainConfig) -> Training:
     """What a run's configuration says about the work of its steps."""
+    extra = passes_of(config.terms)
+    live = config.reference in ("adapter_off", "copy")
+    nulls = [one for one in extra if one.of == "policy" or live]
     return Training(
         lora_rank=config.lora.rank if config.lora else None,
         lora_targets=tuple(config.lora.targets) if config.lora else (),
         train_vision=config.train_vision,
         stored_features=config.features == "precomputed",
-        live_reference=config.reference in ("adapter_off", "copy"),
+        live_reference=live,
+        null_passes=sum(one.image.draws for one in nulls if one.image),
+        null_images=sum(one.image.draws for one in nulls if one.image and one.image.kind != "tokens"),
+        mixed_gradient=any(term.needs.mixed and term.needs.mixed.through != "nothing" for term in config.terms),
         remat=config.remat,
         attention_again=config.attention in ("plain", "cudnn"),
     )

@@ -55,11 +55,17 @@ class Data:
     evaluation: BatchSource | None
     skipped: Skipped
 
-    def use_reference(self, reference: ReferenceLogps | None) -> None:
-        """Lets batches carry stored log-probabilities."""
+    def use_reference(self, reference: ReferenceLogps | None, null: ReferenceLogps | None = None) -> None:
+        """Lets batches carry stored log-probabilities, also those under the null image."""
         for source in (self.train, self.evaluation):
             if source is not None:
-                source.reference = reference
+                source.reference, source.null_reference = reference, null
+
+    def number_pairs(self, wanted: bool) -> None:
+        """Lets batches say in which order their pairs come, where that matters."""
+        for source in (self.train, self.evaluation):
+            if source is not None:
+                source.numbers_pairs = wanted
 
     def use_features(self, features: Features) -> None:
         """Lets batches carry stored features in the place of images."""

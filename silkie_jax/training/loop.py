@@ -16,7 +16,7 @@ from silkie_jax.preference.batches import Batch, BatchSource
 from silkie_jax.preference.drift import RATIO, measure_drift
 from silkie_jax.scoring.features import find_features
 from silkie_jax.scoring.fingerprints import Tower, tower_checksums
-from silkie_jax.scoring.reference import identity
+from silkie_jax.scoring.reference import identity, under_null
 from silkie_jax.scoring.store import find_reference
 from silkie_jax.training.benchmarks import Benchmarks
 from silkie_jax.training.checkpoint import Checkpoints
@@ -86,6 +86,7 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
         depends = identity(config, policy, tokenizer, corpus, tower.computed)
     steps = config.steps or data.train.grid.plan.steps_of(config.epochs or 1)
     program = Program(config, policy.config, mesh, steps, policy)
+    data.number_pairs(program.numbers_pairs)
     trainer = Trainer(program, program.start(policy))
     del policy
     checkpoints = Checkpoints(run / "checkpoints", config.keep_checkpoints)
@@ -99,11 +100,14 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
         if depends is not None:
             depends = as_it_began(depends, run, done)
             stored = find_reference(corpus.path, depends, len(corpus))
-            data.use_reference(stored)
+            null = config.stored_null_image
+            data.use_reference(
+                stored, find_reference(corpus.path, under_null(depends, null), len(corpus)) if null else None
+            )
             contents["reference"] = depends.get("adapter")
     if done:
         state = trainer.state
-        trainer.resume(*checkpoints.restore(done, state.trainable, state.optimizer))
+        trainer.resume(*checkpoints.restore(done, state.trainable, state.optimizer, state.memory))
     with together():
         if main:
             save_config(config, run / "config.yaml")
@@ -187,7 +191,8 @@ def run_steps(
         stopping = stopping or stop.asked()
         if step % config.checkpoint_every == 0 or last or stopping:
             guard.finish()
-            checkpoints.save(step, trainer.state.trainable, trainer.state.optimizer)
+            state = trainer.state
+            checkpoints.save(step, state.trainable, state.optimizer, state.memory)
         if stopping:
             break
     trace.end()

@@ -1,8 +1,8 @@
 """The training step: a pure function of state and batch, the same for one CPU and a pod."""
 
 import dataclasses
-from functools import partial
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,24 +13,49 @@ from jaxtyping import Array, Float
 
 from silkie_jax.models.qwen_vl.model import QwenVL
 from silkie_jax.nn.attention import PLAIN, Kernel
-from silkie_jax.preference.forward import block_wrapper, image_features, response_scores
+from silkie_jax.preference.forward import block_wrapper
 from silkie_jax.preference.logprobs import branch_sums
-from silkie_jax.preference.losses import LOSSES, LossOptions, chosen_nll, make_pairs
+from silkie_jax.preference.losses import POLICY, REFERENCE, LossOptions, Term, make_pairs, read_loss
+from silkie_jax.preference.passes import Models, encode_null_images, make_passes
 
 Arrays = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
+Memory = dict[str, Any]
+"""What losses remember from step to step, by name (losses/memory.py), and `updates`; empty where none does."""
 MARGINS = ("margins/square", "margins/labels")
 """Of each pair, the mean: the squared margin and the labels of both responses, for the check of a start (start.py)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is minimised. `reference` is adapter_off, copy, precomputed, or None for supervised fine-tuning."""
+    """What is minimised. `reference` is adapter_off, copy, precomputed, or None for supervised fine-tuning.
 
-    loss: str = "sigmoid"
+    `loss` is what a configuration says (losses/table.py); `steps` are the run's, of which some losses take a share.
+    """
+
+    loss: Any = "sigmoid"
     options: LossOptions = dataclasses.field(default_factory=LossOptions)
     reference: str | None = "adapter_off"
     remat: str = "full"
+    steps: int = 1
+
+    @functools.cached_property
+    def terms(self) -> tuple[Term, ...]:
+        """The losses that are added up."""
+        return read_loss(self.loss, self.options) if self.reference else ()
+
+    def start_memory(self) -> Memory:
+        """The memory of a run that has done nothing."""
+        out: Memory = {term.name: term.needs.memory.start() for term in self.terms if term.needs.memory}
+        return out | ({"updates": jnp.int32(0)} if any(term.needs.progress for term in self.terms) else {})
+
+
+class Fixed(NamedTuple):
+    """What is the same for all rows of a step: features of null images, what memories say, the share that is done."""
+
+    nulls: dict[str, Array]
+    thresholds: Metrics
+    progress: Float[Array, ""] | None
 
 
 class Step:
@@ -46,7 +71,7 @@ class Step:
         kernel: Kernel = PLAIN,
         vision_trained: bool = False,
         head_trained: bool = False,
-        shardings: tuple[Any, Any] | None = None,
+        shardings: tuple[Any, Any, Any] | None = None,
     ):
         self.graph, self.objective, self.optimizer, self.mesh = graph, objective, optimizer, mesh
         self.kernel, self.vision_trained, self.head_trained = kernel, vision_trained, head_trained
@@ -59,48 +84,55 @@ class Step:
         self,
         trainable: nnx.State,
         optimizer: optax.OptState,
+        memory: Memory,
         frozen: nnx.State,
         reference: nnx.State | None,
         batch: Arrays,
         branches: int,
-    ) -> tuple[nnx.State, optax.OptState, Metrics]:
+    ) -> tuple[nnx.State, optax.OptState, Memory, Metrics]:
         """One update from [A, B, ...] arrays: the mean over all pairs (sft: tokens) of all A x B rows."""
         total = self._weight(batch)
+        fixed = self._fixed(trainable, memory, frozen, reference)
 
         def accumulate(carry: tuple[nnx.State, Metrics], rows: Arrays):
             grads, sums = carry
-            (_, more), g = jax.value_and_grad(self._loss, has_aux=True)(
-                trainable, frozen, reference, rows, total, branches
+            (_, (more, records)), g = jax.value_and_grad(self._loss, has_aux=True)(
+                trainable, frozen, reference, fixed, rows, total, branches
             )
-            return (jax.tree.map(jnp.add, grads, g), jax.tree.map(jnp.add, sums, more)), None
+            return (jax.tree.map(jnp.add, grads, g), jax.tree.map(jnp.add, sums, more)), records
 
         zeros = jax.tree.map(jnp.zeros_like, trainable)
-        none = self._no_sums(trainable, frozen, reference, batch, branches)
-        (grads, sums), _ = jax.lax.scan(accumulate, (zeros, none), batch)
+        none = self._no_sums(trainable, frozen, reference, fixed, batch, branches)
+        (grads, sums), records = jax.lax.scan(accumulate, (zeros, none), batch)
         norm = optax.tree.norm(grads)
         updates, changed = self.optimizer.update(grads, optimizer, trainable)
         # A step that is not finite changes nothing: whoever reads the flag may stop late, or go on.
         finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
-        new = (optax.apply_updates(trainable, updates), changed)
-        trainable, optimizer = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (trainable, optimizer))
-        metrics = self._metrics(sums, total) | {"grad_norm": norm, "skipped": (~finite).astype(jnp.float32)}
-        return trainable, optimizer, metrics
+        new = (optax.apply_updates(trainable, updates), changed, self._remember(memory, records, batch))
+        old = (trainable, optimizer, memory)
+        trainable, optimizer, memory = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        metrics = self._metrics(sums, total) | fixed.thresholds
+        metrics |= {"grad_norm": norm, "skipped": (~finite).astype(jnp.float32)}
+        return trainable, optimizer, memory, metrics
 
     def _evaluate(
         self,
         trainable: nnx.State,
+        memory: Memory,
         frozen: nnx.State,
         reference: nnx.State | None,
         batch: Arrays,
         branches: int,
     ) -> tuple[Metrics, Float[Array, ""]]:
         """Sums of the metrics over [A, B, ...] arrays, and their weight (pairs, or tokens for sft)."""
+        fixed = self._fixed(trainable, memory, frozen, reference)
 
         def add(sums: Metrics, rows: Arrays):
-            _, more = self._loss(trainable, frozen, reference, rows, jnp.float32(1), branches)
+            _, (more, _) = self._loss(trainable, frozen, reference, fixed, rows, jnp.float32(1), branches)
             return jax.tree.map(jnp.add, sums, more), None
 
-        sums, _ = jax.lax.scan(add, self._no_sums(trainable, frozen, reference, batch, branches), batch)
+        none = self._no_sums(trainable, frozen, reference, fixed, batch, branches)
+        sums, _ = jax.lax.scan(add, none, batch)
         return {name: value for name, value in sums.items() if name not in MARGINS}, self._weight(batch)
 
     def _no_sums(
@@ -108,14 +140,17 @@ class Step:
         trainable: nnx.State,
         frozen: nnx.State,
         reference: nnx.State | None,
+        fixed: Fixed,
         batch: Arrays,
         branches: int,
     ) -> Metrics:
         """What sums over batches begin with: zero for each metric."""
         first = jax.tree.map(lambda x: x[0], batch)
-        loss = partial(self._loss, branches=branches)
-        shapes = jax.eval_shape(loss, trainable, frozen, reference, first, jnp.float32(1))[1]
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+        def sums(first: Arrays, fixed: Fixed) -> Metrics:
+            return self._loss(trainable, frozen, reference, fixed, first, jnp.float32(1), branches)[1][0]
+
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(sums, first, fixed))
 
     def _weight(self, batch: Arrays) -> Float[Array, ""]:
         counted = batch["pair_mask"] if self.objective.reference else batch["label_branches"] > 0
@@ -124,56 +159,96 @@ class Step:
     def _metrics(self, sums: Metrics, total: Float[Array, ""]) -> Metrics:
         return {k: v if k == "loss" else v / total for k, v in sums.items()}
 
+    def _models(self, trainable: nnx.State, frozen: nnx.State, reference: nnx.State | None) -> Models:
+        """The policy, the same without gradients, and the reference where it is computed."""
+        policy: QwenVL = nnx.merge(self.graph, trainable, frozen)
+        still: QwenVL = nnx.merge(self.graph, jax.tree.map(jax.lax.stop_gradient, trainable), frozen)
+        match self.objective.reference:
+            case "adapter_off":
+                return Models(policy, still, still, adapter=False, own_tower=False)
+            case "copy":
+                base: QwenVL = nnx.merge(self.graph, reference, frozen)
+                return Models(policy, still, base, adapter=True, own_tower=self.vision_trained)
+        return Models(policy, still, None, adapter=False, own_tower=False)
+
+    def _fixed(self, trainable: nnx.State, memory: Memory, frozen: nnx.State, reference: nnx.State | None) -> Fixed:
+        """What all rows of a step share."""
+        terms = self.objective.terms
+        nulls = encode_null_images(terms, self._models(trainable, frozen, reference)) if terms else {}
+        progress = memory["updates"] / self.objective.steps if "updates" in memory else None
+        kept = {term.name: term.needs.memory for term in terms if term.needs.memory}
+        return Fixed(nulls, {f"{k}/threshold": one.read(memory[k]) for k, one in kept.items()}, progress)
+
+    def _remember(self, memory: Memory, records: dict[str, Float[Array, "A P"]], batch: Arrays) -> Memory:
+        """The memory after a step: its pairs are taken up in the order that they have in the plan."""
+        if not memory:
+            return memory
+        valid = batch["pair_mask"].reshape(-1)
+        # A batch that does not number its pairs has them in the order of its rows.
+        order = batch["pair_order"].reshape(-1) if "pair_order" in batch else jnp.cumsum(valid) - 1
+        out = dict(memory)
+        for term in self.objective.terms:
+            if term.needs.memory:
+                out[term.name] = term.needs.memory.take(memory[term.name], records[term.name].reshape(-1), order, valid)
+        return out | ({"updates": memory["updates"] + 1} if "updates" in memory else {})
+
     def _loss(
         self,
         trainable: nnx.State,
         frozen: nnx.State,
         reference: nnx.State | None,
+        fixed: Fixed,
         rows: Arrays,
         total: Float[Array, ""],
         branches: int,
-    ) -> tuple[Float[Array, ""], Metrics]:
-        """This batch's share of the step's loss, and sums over its pairs of what is reported.
+    ) -> tuple[Float[Array, ""], tuple[Metrics, dict[str, Float[Array, "P"]]]]:
+        """This batch's share of the step's loss; sums over its pairs of what is reported; what memories take up.
 
         The images are encoded once; the reference sees the same features unless the tower itself is trained.
         """
-        wrap = block_wrapper(self.objective.remat, self.mesh)
-        scores_of = partial(
-            response_scores, branches=branches, wrap=wrap, kernel=self.kernel, frozen_head=not self.head_trained
+        terms = self.objective.terms
+        found = make_passes(
+            terms,
+            self._models(trainable, frozen, reference),
+            rows,
+            fixed.nulls,
+            branches=branches,
+            wrap=block_wrapper(self.objective.remat, self.mesh),
+            kernel=self.kernel,
+            frozen_head=not self.head_trained,
         )
-        policy: QwenVL = nnx.merge(self.graph, trainable, frozen)
-        features = image_features(policy, rows, wrap, self.kernel)
-        scores = scores_of(policy, rows, features, adapter=True)
-        logps = scores.logps
         if self.objective.reference is None:
-            loss = -logps.sum() / total  # cross-entropy, the mean over labelled tokens
-            return loss, {"loss": loss, "mean_token_accuracy": scores.greedy.sum()}
+            loss = -found.logps[POLICY].sum() / total  # cross-entropy, the mean over labelled tokens
+            return loss, ({"loss": loss, "mean_token_accuracy": found.greedy.sum()}, {})
 
-        match self.objective.reference:
-            case "precomputed":
-                base_logps = rows["reference_logps"]
-            case "adapter_off":
-                base_logps = scores_of(policy, rows, features, adapter=False).logps
-            case _:
-                base = nnx.merge(self.graph, reference, frozen)
-                if self.vision_trained:
-                    features = image_features(base, rows, wrap, self.kernel)
-                base_logps = scores_of(base, rows, features, adapter=True).logps
-        base_logps = jax.lax.stop_gradient(base_logps)
         tokens = branch_sums(jnp.ones(rows["labels"].shape), rows["label_branches"], branches)
-        pairs, valid = make_pairs(logps, base_logps, tokens, rows["pairs"]), rows["pair_mask"].reshape(-1)
+        pairs = make_pairs(found.logps[POLICY], found.logps[REFERENCE], tokens, rows["pairs"])
+        valid = rows["pair_mask"].reshape(-1)
 
         def add(values: Float[Array, "P"]) -> Float[Array, ""]:
             return jnp.where(valid, values, 0).sum()
 
-        options = self.objective.options
-        losses, imitation = LOSSES[self.objective.loss](pairs, options), {}
-        if options.sft_weight:
-            nll = chosen_nll(pairs)
-            losses, imitation = losses + options.sft_weight * nll, {"sft_loss": add(nll)}
-        loss = add(losses) / total
-        chosen, rejected = options.beta * pairs.chosen_log_ratio, options.beta * pairs.rejected_log_ratio
-        return loss, {
+        loss = jnp.float32(0)
+        reported: Metrics = {}
+        records: dict[str, Array] = {}
+        for term in terms:
+            seen = make_pairs(
+                found.logps[POLICY],
+                found.logps[REFERENCE],
+                tokens,
+                rows["pairs"],
+                null=found.logps[term.needs.null] if term.needs.null else None,
+                mixed=found.mixed[term.needs.mixed] if term.needs.mixed else None,
+                threshold=fixed.thresholds.get(f"{term.name}/threshold"),
+                progress=fixed.progress,
+            )
+            loss += term.weight * add(term(seen)) / total
+            reported |= {name: add(values) for name, values in term.loss.report(seen, **term.options).items()}
+            if term.needs.memory and term.loss.records:
+                records[term.name] = jax.lax.stop_gradient(term.loss.records(seen, **term.options))
+        beta = self.objective.options.beta
+        chosen, rejected = beta * pairs.chosen_log_ratio, beta * pairs.rejected_log_ratio
+        sums = {
             "loss": loss,
             **dict(zip(MARGINS, (add(jnp.square(pairs.margin)), add(pairs.labels)), strict=True)),
             "rewards/chosen": add(chosen),
@@ -182,5 +257,6 @@ class Step:
             "rewards/margins": add(chosen - rejected),
             "logps/chosen": add(pairs.policy_chosen),
             "logps/rejected": add(pairs.policy_rejected),
-            **imitation,
+            **reported,
         }
+        return loss, (sums, records)

@@ -27,9 +27,10 @@ from silkie_jax.models.qwen_vl.names import leaves
 from silkie_jax.nn.lora import add_lora, linears
 from silkie_jax.preference.batches import Batch
 from silkie_jax.preference.grid import Shape
+from silkie_jax.preference.passes import STORED
 from silkie_jax.training.config import LoraConfig, TrainConfig
 from silkie_jax.training.optimizer import decay_mask, make_optimizer, make_schedule, trainable_filter
-from silkie_jax.training.step import Objective, Step
+from silkie_jax.training.step import Memory, Objective, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class State:
     optimizer: optax.OptState
     frozen: nnx.State
     reference: nnx.State | None  # the starting values of `trainable`, where the reference is a copy
+    memory: Memory  # of the losses that remember something from step to step
 
 
 class Program:
@@ -74,22 +76,30 @@ class Program:
         self._optimizer_where = optax.tree_utils.tree_map_params(
             self.optimizer, lambda _, s: s, shapes, where, transform_non_params=lambda _: replicated(mesh)
         )
+        objective = Objective(config.loss, config.loss_options, config.reference, config.remat, steps)
+        self._memory_where = jax.tree.map(lambda _: replicated(mesh), jax.eval_shape(objective.start_memory))
         self.shapes = State(
             trainable,
             jax.tree.map(_with_sharding, shapes, self._optimizer_where),
             frozen,
             trainable if config.reference == "copy" else None,
+            jax.tree.map(_with_sharding, jax.eval_shape(objective.start_memory), self._memory_where),
         )
         self.step = Step(
             self.graph,
-            Objective(config.loss, config.loss_options, config.reference, config.remat),
+            objective,
             self.optimizer,
             mesh=mesh,
             kernel=attention_kernel(config.attention, config.dtype, mesh),
             vision_trained=config.train_vision != "none",
             head_trained=config.lora is None,
-            shardings=(where, self._optimizer_where),
+            shardings=(where, self._optimizer_where, self._memory_where),
         )
+
+    @property
+    def numbers_pairs(self) -> bool:
+        """Whether batches must say in which order their pairs come (batches.Batch: pair_order)."""
+        return any(term.needs.memory for term in self.step.objective.terms)
 
     def own_rates(self) -> dict[str, float]:
         """Peak learning rates of parts that have one beside the common one (optimizer.part_of)."""
@@ -104,7 +114,8 @@ class Program:
         frozen = jax.tree.map(_cast_and_place, frozen, self.shapes.frozen)
         reference = jax.tree.map(jnp.copy, trainable) if self.config.reference == "copy" else None
         optimizer = jax.jit(self.optimizer.init, out_shardings=self._optimizer_where)(trainable)
-        return State(trainable, optimizer, frozen, reference)
+        memory = jax.device_put(self.step.objective.start_memory(), self._memory_where)
+        return State(trainable, optimizer, frozen, reference, memory)
 
     def batch_shapes(self, shape: Shape) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch of this shape as the step takes it."""
@@ -123,7 +134,10 @@ class Program:
         if shape.spans:
             sizes["spans"] = ((shape.spans,), jnp.int32)
         if self.config.reference == "precomputed":
-            sizes["reference_logps"] = ((shape.branches,), jnp.float32)
+            stored = (False, True) if self.config.stored_null_image else (False,)
+            sizes |= {STORED[null]: ((shape.branches,), jnp.float32) for null in stored}
+        if self.numbers_pairs:
+            sizes["pair_order"] = ((shape.pairs,), jnp.int32)
         where = batch_sharding(self.mesh, leading=1)
         return {
             k: jax.ShapeDtypeStruct((shape.batches, shape.sequences, *s), t, sharding=where)
@@ -134,13 +148,15 @@ class Program:
         """The training step for batches of this shape, ready to be compiled."""
         s = self.shapes
         batch = self.batch_shapes(shape)
-        return self.step.train.lower(s.trainable, s.optimizer, s.frozen, s.reference, batch, branches=shape.branches)
+        state = (s.trainable, s.optimizer, s.memory, s.frozen, s.reference)
+        return self.step.train.lower(*state, batch, branches=shape.branches)
 
     def lower_evaluation(self, shape: Shape) -> jax.stages.Lowered:
         """The same of an evaluation."""
         s = self.shapes
         batch = self.batch_shapes(shape)
-        return self.step.evaluate.lower(s.trainable, s.frozen, s.reference, batch, branches=shape.branches)
+        state = (s.trainable, s.memory, s.frozen, s.reference)
+        return self.step.evaluate.lower(*state, batch, branches=shape.branches)
 
     def _placed(self, state: nnx.State, dtype: jnp.dtype) -> nnx.State:
         """Shapes with the types and shardings that the arrays will have."""
@@ -184,8 +200,8 @@ class Trainer:
         if batch.shape not in self._steps:
             self.compile([batch.shape], (), lambda line: None)
         step = self._steps[batch.shape]
-        trainable, optimizer, metrics = step(s.trainable, s.optimizer, s.frozen, s.reference, arrays)
-        self.state = dataclasses.replace(s, trainable=trainable, optimizer=optimizer)
+        trainable, optimizer, memory, metrics = step(s.trainable, s.optimizer, s.memory, s.frozen, s.reference, arrays)
+        self.state = dataclasses.replace(s, trainable=trainable, optimizer=optimizer, memory=memory)
         return metrics
 
     def evaluate(self, batch: Batch) -> tuple[dict[str, float], float]:
@@ -194,7 +210,8 @@ class Trainer:
         arrays = put(batch.arrays, self.program.mesh)
         if batch.shape not in self._evaluations:
             self.compile((), [batch.shape], lambda line: None)
-        values, weight = jax.device_get(self._evaluations[batch.shape](s.trainable, s.frozen, s.reference, arrays))
+        evaluation = self._evaluations[batch.shape]
+        values, weight = jax.device_get(evaluation(s.trainable, s.memory, s.frozen, s.reference, arrays))
         return {name: float(value) for name, value in values.items()}, float(weight)
 
     def learning_rates(self, skipped: bool) -> dict[str, float]:
@@ -204,9 +221,9 @@ class Trainer:
         own = {f"{part}_learning_rate": rate * p / peak.learning_rate for part, p in self.program.own_rates().items()}
         return {"learning_rate": rate, **own}
 
-    def resume(self, trainable: nnx.State, optimizer: optax.OptState) -> None:
+    def resume(self, trainable: nnx.State, optimizer: optax.OptState, memory: Memory) -> None:
         """Continues from a checkpoint's values."""
-        self.state = dataclasses.replace(self.state, trainable=trainable, optimizer=optimizer)
+        self.state = dataclasses.replace(self.state, trainable=trainable, optimizer=optimizer, memory=memory)
 
     def model(self) -> QwenVL:
         """The policy as it is now."""

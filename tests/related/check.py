@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.related import allava, csr, mllm_dpo, sima, spa_judgement
+from tests.related import allava, csr, mllm_dpo, sima, spa, spa_judgement, vdpo
 
 Check = Callable[[Path], Iterator[str]]
 
@@ -26,6 +26,11 @@ CHECKS: dict[str, Check] = {
     "mllm_dpo": mllm_dpo.ratings,
     "sima_critic": sima.critic,
     "spa_judgement": spa_judgement.judgement,
+    "vdpo": vdpo.response_pairs,
+    "vdpo_image_contrast": vdpo.image_pairs,
+    "vdpo_paper_form": vdpo.paper_form,
+    "spa_loss": spa.loss_and_threshold,
+    "spa_extrapolation": spa.extrapolation,
 }
 """From a file's name, without what follows the dot, to what compares it; arrays beside it (.npz) belong to it."""
 

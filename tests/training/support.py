@@ -139,7 +139,8 @@ def as_batch(arrays: dict[str, np.ndarray]) -> Batch:
 class Steps:
     """Training steps that move nothing and give their gradients away: `(metrics, gradients by path) = steps(arrays)`.
 
-    The state is the model's; `reference` is another model, for objectives whose reference is a copy.
+    The state is the model's; `reference` is another model, for objectives whose reference is a copy. What losses
+    remember goes on from step to step (`memory`).
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class Steps:
         graph, self.trainable, self.frozen = nnx.split(model, chosen, ...)
         self.reference = nnx.split(reference, chosen, ...)[1] if reference else None
         self.mesh = mesh
+        self.memory = objective.start_memory()
         self.step = Step(
             graph,
             objective,
@@ -172,8 +174,8 @@ class Steps:
         trainable = jax.tree.map(jnp.copy, self.trainable)
         state = jax.tree.map(jnp.zeros_like, self.trainable)
         batch = arrays if self.mesh is None else put(arrays, self.mesh)
-        _, gradients, metrics = self.step.train(
-            trainable, state, self.frozen, self.reference, batch, branches=branches_of(arrays)
+        _, gradients, self.memory, metrics = self.step.train(
+            trainable, state, self.memory, self.frozen, self.reference, batch, branches=branches_of(arrays)
         )
         assert not float(metrics.pop("skipped"))
         return {k: float(v) for k, v in metrics.items() if k not in MARGINS}, by_path(gradients)

@@ -37,6 +37,9 @@ class Training:
     train_vision: str = "none"
     stored_features: bool = False  # of the images, so that no step encodes them
     live_reference: bool = False
+    null_passes: int = 0  # of the decoder over the rows with the null image, without a backward pass
+    null_images: int = 0  # that are encoded for them, once a step
+    mixed_gradient: bool = False  # also of extrapolated scores
     remat: str = "full"
     attention_again: bool = False  # `dots` keeps the outcome of the one-pass kernel only
 
@@ -56,6 +59,8 @@ def step_flops(config: QwenVLConfig, work: "Work", training: Training) -> StepFl
         backward += decoder_weights(config, work.tokens) + logits
     backward += {"none": 0.0, "resampler": 2 * resampler, "all": 2 * (vision + resampler)}[training.train_vision]
     reference = decoder + logits if training.live_reference else 0.0
+    reference += training.null_passes * (decoder + adapter + logits)
+    reference += vision_forward(config, training.null_images) + resampler_forward(config, training.null_images)
     if training.live_reference and training.train_vision != "none":
         reference += vision + resampler
     # The head is computed again by a trained head only; a frozen one keeps its input's gradient instead (logprobs.py).
@@ -64,6 +69,8 @@ def step_flops(config: QwenVLConfig, work: "Work", training: Training) -> StepFl
         "dots": attention_forward(config, work.visible) if training.attention_again else 0.0,
         "none": 0.0,
     }[training.remat] + (logits if full else 0.0)
+    if training.mixed_gradient and not full:  # a second gradient of a label's hidden state, kept beside the first
+        remat += logits
     return StepFlops(forward + backward + reference, remat)
 
 

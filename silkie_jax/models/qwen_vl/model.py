@@ -85,9 +85,12 @@ class QwenVL(nnx.Module):
         return model
 
     def encode_images(
-        self, images: UInt8[Array, "... S S 3"], wrap: Callable | None = None, kernel: Kernel = PLAIN
+        self,
+        images: UInt8[Array, "... S S 3"] | Float[Array, "... S S 3"],
+        wrap: Callable | None = None,
+        kernel: Kernel = PLAIN,
     ) -> Float[Array, "... 256 W"]:
-        """The rows that stand for each image."""
+        """The rows that stand for each image; floats are normalised already (vision.patches)."""
         *lead, h, w, c = images.shape
         rows = self.visual(images.reshape(-1, h, w, c), self.dtype, wrap, kernel.everywhere)
         return rows.reshape(*lead, *rows.shape[1:])

@@ -147,17 +147,22 @@ class VisionTower(nnx.Module):
 
     def __call__(
         self,
-        images: UInt8[Array, "N S S 3"],
+        images: UInt8[Array, "N S S 3"] | Float[Array, "N S S 3"],
         dtype: jnp.dtype,
         wrap: Callable | None = None,
         attend: Attend = attention,
     ) -> Float[Array, "N 256 D"]:
-        """Encodes images in `dtype`. `wrap` wraps each block, as `jax.checkpoint` does."""
+        """Encodes images in `dtype`: pixels, or floats that are normalised already.
+
+        `wrap` wraps each block, as `jax.checkpoint` does.
+        """
         x = self.embed_patches(images, dtype)
         x = scan(self.layers, x, lambda block, x: block(x, attend), wrap)
         return self.pool(x, attend)
 
-    def embed_patches(self, images: UInt8[Array, "N S S 3"], dtype: jnp.dtype) -> Float[Array, "N P W"]:
+    def embed_patches(
+        self, images: UInt8[Array, "N S S 3"] | Float[Array, "N S S 3"], dtype: jnp.dtype
+    ) -> Float[Array, "N P W"]:
         """Normalises, cuts into patches, projects, adds positions, ln_pre."""
         x = self.conv1(patches(images, self.config.patch_size).astype(dtype))
         positions = interpolate_positions(self.positional_embedding[...], x.shape[1])
@@ -169,10 +174,15 @@ class VisionTower(nnx.Module):
         return jnp.matmul(x, self.proj[...].astype(x.dtype), precision=precision(x.dtype))
 
 
-def patches(images: UInt8[Array, "N S S 3"], size: int) -> Float[Array, "N P I"]:
-    """Pixels scaled to CLIP's mean and deviation, one flattened [3, size, size] patch a row, in float32."""
+def patches(images: UInt8[Array, "N S S 3"] | Float[Array, "N S S 3"], size: int) -> Float[Array, "N P I"]:
+    """Pixels scaled to CLIP's mean and deviation, one flattened [3, size, size] patch a row, in float32.
+
+    Floats are scaled already.
+    """
     mean, std = (jnp.asarray(c, jnp.float32) for c in (CLIP_MEAN, CLIP_STD))
-    x = (images.astype(jnp.float32) / 255 - mean) / std
+    x = images.astype(jnp.float32)
+    if images.dtype == jnp.uint8:
+        x = (x / 255 - mean) / std
     n, side = x.shape[0], x.shape[1] // size
     x = x.reshape(n, side, size, side, size, 3)
     return x.transpose(0, 1, 3, 5, 2, 4).reshape(n, side * side, -1)
