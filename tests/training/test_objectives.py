@@ -102,12 +102,13 @@ def run(base, tmp_path_factory):
 
 
 def test_the_window_fills_and_moves_its_threshold(run):
-    """18 to 24 pairs a step fill it in the first."""
+    """A step's 24 pairs fill it; those of the first one have no margin, but for rounding."""
     lines = metrics(run)
     thresholds = [line["spa/threshold"] for line in lines]
     assert thresholds[0] == 0
-    assert all(thresholds[1:])
-    assert len(set(thresholds)) == len(lines)
+    assert abs(thresholds[1]) < 1e-4
+    assert min(map(abs, thresholds[2:])) > 1e-3
+    assert thresholds[2] != thresholds[3]
     assert all(0 <= line["spa/trusted"] <= 1 for line in lines)
     assert 0 < lines[-1]["spa/trusted"] < 1
     assert lines[-1]["images/chosen"] != 0
