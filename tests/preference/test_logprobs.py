@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from silkie_jax.preference.logprobs import branch_sums, token_logprobs, token_scores
+from silkie_jax.preference.logprobs import branch_sums, extrapolate, mixed_scores, token_logprobs, token_scores
 
 B, T, W, V = 3, 50, 8, 101
 
@@ -98,6 +98,53 @@ def test_memory_does_not_grow_with_labels_times_vocabulary(frozen_head):
     few, many = temporaries(128), temporaries(2048)
     assert few < 4 * chunk * vocabulary * 4  # a few copies of one chunk's scores
     assert many - few < chunk * vocabulary * 4  # all of them would be 30 chunks more
+
+
+@pytest.mark.parametrize("frozen_head", [False, True])
+@pytest.mark.parametrize("through", ["all", "base", "nothing"])
+def test_extrapolated_scores_and_their_gradient(inputs, through, frozen_head):
+    """Of both models, and of scores beyond the first one, away from the second, against whole logits."""
+    hidden, weight, predecessors, labels = inputs
+    other = jnp.asarray(np.random.default_rng(3).standard_normal(hidden.shape), jnp.float32)
+    factors = np.random.default_rng(1).standard_normal((2, B, 37))
+    at = np.arange(B)[:, None], predecessors, labels
+
+    def fused_both(h):
+        options = {"frozen_head": frozen_head, "chunk": 10}
+        found = mixed_scores(h, other, predecessors, labels, weight, weight, 0.5, through, **options)
+        return (factors[0] * found.logps + factors[1] * found.mixed).sum(), found
+
+    def plain_both(h):
+        mixed = extrapolate(h @ weight.T, other @ weight.T, 0.5, through)
+        logps = [jax.nn.log_softmax(scores, axis=-1)[at] for scores in (h @ weight.T, mixed)]
+        return (factors[0] * logps[0] + factors[1] * logps[1]).sum(), logps[1]
+
+    (_, found), slope = jax.value_and_grad(fused_both, has_aux=True)(hidden)
+    (_, mixed), expected = jax.value_and_grad(plain_both, has_aux=True)(hidden)
+    np.testing.assert_allclose(found.mixed, mixed, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(found.against, plain(other, *inputs[1:]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.logps, plain(*inputs), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(slope, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen_head", [False, True])
+def test_extrapolated_scores_do_not_outlive_a_chunk(frozen_head):
+    vocabulary, width, chunk = 20_000, 8, 64
+
+    def temporaries(labels):
+        def loss(hidden, other, weight, predecessors, targets):
+            heads, options = (weight, weight), {"chunk": chunk, "frozen_head": frozen_head}
+            found = mixed_scores(hidden, other, predecessors, targets, *heads, 0.5, "base", **options)
+            return found.mixed.sum() + found.logps.sum()
+
+        shapes = ((1, labels, width), (1, labels, width), (vocabulary, width))
+        arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+        arguments += [jax.ShapeDtypeStruct((1, labels), jnp.int32)] * 2
+        return jax.jit(jax.grad(loss)).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+    few, many = temporaries(128), temporaries(2048)
+    assert few < 8 * chunk * vocabulary * 4  # a few copies of one chunk's scores of both models
+    assert many - few < chunk * vocabulary * 4
 
 
 def test_sums_are_of_each_branch_and_padding_counts_nowhere():
