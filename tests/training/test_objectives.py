@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from silkie_jax.checkpoints.weights import load_model
 from silkie_jax.corpus import CorpusReader
 from silkie_jax.errors import UserError
-from silkie_jax.hardware.mesh import make_mesh
+from silkie_jax.hardware.mesh import make_mesh, sharding_of
 from silkie_jax.models.qwen_vl.null_image import NullImage, null_features
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.models.qwen_vl.vision import patches
@@ -111,7 +112,7 @@ def test_the_window_fills_and_moves_its_threshold(run):
     assert thresholds[2] != thresholds[3]
     assert all(0 <= line["spa/trusted"] <= 1 for line in lines)
     assert 0 < lines[-1]["spa/trusted"] < 1
-    assert lines[-1]["images/chosen"] != 0
+    assert any(line["images/chosen"] for line in lines)  # 0 in a step without pictures
 
 
 @pytest.mark.slow
@@ -188,12 +189,14 @@ def rows_arrays_of(rows, **options):
 
 
 @pytest.mark.parametrize("form", ["product", "normalised"])
-def test_mesh_gives_the_same_loss_and_gradient(model, rows, form):
+def test_mesh_gives_the_same_loss_and_gradient(folder, model, rows, form):
     """vdpo and spa together, with a trained head; the reference is another model."""
     loss = [BOTH[0] | {"form": form}, BOTH[1]]
+    mesh = make_mesh(2, 2, 2)
+    spread = load_model(folder, sharding_of=partial(sharding_of, mesh))
     one, many = (
-        Steps(model, Objective(loss, LossOptions(0.05), "copy"), reference=model, mesh=mesh)
-        for mesh in (None, make_mesh(2, 2, 2))
+        Steps(policy, Objective(loss, LossOptions(0.05), "copy"), reference=policy, mesh=where)
+        for policy, where in ((model, None), (spread, mesh))
     )
     (metrics_one, gradient), (metrics_many, sharded) = (steps(rows_arrays_of(rows * 2)) for steps in (one, many))
     assert metrics_many == pytest.approx(metrics_one, rel=1e-4, abs=1e-5)
@@ -231,7 +234,7 @@ def test_a_stored_guide_gives_the_curve_of_the_computed_one(base, tmp_path):
     compute_reference(stored)
     ours = metrics(train(stored))
     assert_close(ours, metrics(train(make_config(base | changed | {"run_dir": str(tmp_path / "live")}))))
-    assert ours[0]["loss"] != pytest.approx(np.log(2), abs=1e-3)  # guided from the first step on
+    assert max(abs(line["loss"] - np.log(2)) for line in ours) > 0.02  # guided where there are pictures
 
 
 def test_scores_with_a_null_image_are_those_without_the_picture(model, tokenizer):
