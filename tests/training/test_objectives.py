@@ -188,15 +188,19 @@ def rows_arrays_of(rows, **options):
     return rows_arrays(NoTokenizer, rows, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["product", "normalised"])
-def test_mesh_gives_the_same_loss_and_gradient(folder, model, rows, form):
+def test_mesh_gives_the_same_loss_and_gradient(folder, model, rows, form, tmp_path):
     """vdpo and spa together, with a trained head; the reference is another model."""
     loss = [BOTH[0] | {"form": form}, BOTH[1]]
     mesh = make_mesh(2, 2, 2)
-    spread = load_model(folder, sharding_of=partial(sharding_of, mesh))
+    other, where = make_tiny(tmp_path, seed=1), partial(sharding_of, mesh)
     one, many = (
-        Steps(policy, Objective(loss, LossOptions(0.05), "copy"), reference=policy, mesh=where)
-        for policy, where in ((model, None), (spread, mesh))
+        Steps(policy, Objective(loss, LossOptions(0.05), "copy"), reference=reference, mesh=on)
+        for policy, reference, on in (
+            (model, load_model(other), None),
+            (load_model(folder, sharding_of=where), load_model(other, sharding_of=where), mesh),
+        )
     )
     (metrics_one, gradient), (metrics_many, sharded) = (steps(rows_arrays_of(rows * 2)) for steps in (one, many))
     assert metrics_many == pytest.approx(metrics_one, rel=1e-4, abs=1e-5)
