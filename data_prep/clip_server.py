@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from silkie_jax.errors import UserError
-from silkie_jax.image_limits import MAX_PIXELS
+from silkie_jax.image_limits import MAX_PIXELS, STORED
 
 Similarity = Callable[[Image.Image, Sequence[str]], list[float]]
 _MOST_BYTES = 64 * 2**20
@@ -66,7 +66,7 @@ def read_request(body: bytes) -> tuple[Image.Image, list[str]]:
     if not comma or not kind.startswith("data:image/") or not kind.endswith(";base64"):
         raise UserError("images[0] must be a data URL in base64: nothing is fetched")
     try:
-        image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)), formats=("JPEG", "PNG"))
+        image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)), formats=STORED)
         if image.width * image.height > MAX_PIXELS:
             raise UserError(f"images[0] has more than {MAX_PIXELS:,} pixels")
         return image.convert("RGB"), texts

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from silkie_jax.errors import UserError
-from silkie_jax.yaml_files import make, read_extended, with_overrides
 
 STAGES = ("take", "respond", "rate", "build", "reference", "train", "merge")
 REFERENCES = ("previous", "start")
@@ -56,6 +55,8 @@ def load_iterate(path: str | os.PathLike[str], overrides: list[str] | tuple[str,
     Raises:
         UserError: one line that names the file, the key and the mend.
     """
+    from silkie_jax.yaml_files import make, read_extended, with_overrides  # brings omegaconf, which `--help` need not
+
     config = make(with_overrides(read_extended(path), overrides), IterateConfig, str(path))
     _check(config, str(path))
     return config

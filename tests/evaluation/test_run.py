@@ -176,7 +176,10 @@ def test_every_benchmark_says_what_it_needs(name):
         ("answer yesno --data {yesno} --model m --out {tmp}/a --limit 0", "--limit must be at least 1, not 0"),
         ("answer yesno --data {yesno} --model {tmp}/none --out {tmp}/a", "{tmp}/none"),
         ("answer yesno --data {yesno} --model {model} --out {tmp}/none/a", "{tmp}/none: no such folder to write a in"),
-        ("answer yesno --data {yesno} --model m --endpoint http://x --adapter a --out {tmp}/a", "--adapter, --slots"),
+        (
+            "answer yesno --data {yesno} --model m --endpoint http://x --adapter a --out {tmp}/a",
+            "--adapter, --quantize, --slots",
+        ),
         ("run mme pope --data mme={tmp} --model m --out {tmp}/r", "--data: nothing for pope; add pope=PATH"),
         ("run mme --data pope={tmp} --model m --out {tmp}/r", "'pope' is none of mme"),
         ("judge mme {tmp} --judge x --out {tmp}/r", "mme has no judge: score it without"),

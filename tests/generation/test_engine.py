@@ -190,7 +190,8 @@ def test_with_the_one_pass_kernel_in_prefill(pair):
 def test_images_that_do_not_fit_the_pool_are_encoded_again(pair):
     spans = [np.array([*pair.image_span(), 5, n]) for n in range(4)]
     images = pair.pixels(4)
-    requests = [Request(spans[n], [images[n]], 2) for n in (0, 1, 2, 3, 0, 0)]
+    # Each ends in words of its own: of a prompt that a slot still holds not even the image is looked for.
+    requests = [Request(np.array([*spans[n], 6 + k]), [images[n]], 2) for k, n in enumerate((0, 1, 2, 3, 0, 0))]
     expected = [alone(pair.model, request) for request in requests]
     for pool, encoded in ((4, 4), (2, 5)):
         engine = Engine(pair.model, context=270, slots=2, images=pool)

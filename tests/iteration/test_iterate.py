@@ -95,7 +95,7 @@ def results(root: Path) -> dict[str, bytes]:
 def test_killed_at_many_moments_two_rounds_end_with_the_same_bytes(tmp_path, tiny, environment):
     """Whole groups of processes are killed, as a machine that goes down does, and once the driver alone."""
     make_run(tmp_path / "prompts", 8)
-    with Server(Script(delay=0.05)) as server:
+    with Server(Script(delay=0.5)) as server:  # so slow that each command lasts until it is killed
         write_pool(tmp_path / "pool", server.url, ("a", "b"), {"models_per_instruction": 2}, concurrency=1, timeout=30)
         judge = write_judge(tmp_path / "judge.yaml", server.url, concurrency=1, timeout=30)
         config = write_config(tmp_path, tiny, judge, rounds=2, take=4)

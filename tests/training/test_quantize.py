@@ -100,10 +100,12 @@ def test_a_mesh_stored_features_and_a_stored_reference_give_the_same_curve(folde
     np.testing.assert_allclose(meshed, whole, rtol=1e-4, atol=1e-4)
 
 
-def test_a_reference_of_other_numerics_is_refused_by_name(folder):
-    compute_reference(config(folder, "none", quantize=None))
+def test_a_reference_of_other_numerics_is_refused_by_name(folder, tmp_path):
+    write_corpus(tmp_path / "corpus", [record(n) for n in range(4)])  # one that has no reference in 8 bits
+    own = {"corpus": str(tmp_path / "corpus")}
+    compute_reference(config(folder, "none", quantize=None, **own))
     with pytest.raises(UserError, match="made with other quantize and weights; run"):
-        train(config(folder, "refused", reference="precomputed"))
+        train(config(folder, "refused", reference="precomputed", **own))
 
 
 @pytest.mark.parametrize(
