@@ -13,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 LINTED := silkie_jax data_prep benchmarks examples tests
 # `make test TEST="tests/nn -k lora"` runs some of the tests.
 TEST ?= tests
-# Processes of `make test`; each takes about 4 GB.
+# Processes of `make test`; each takes up to 6 GB.
 WORKERS ?= 2
 
 help:  ## show this list

@@ -105,8 +105,7 @@ def respond(
     options = options or Options()
     pool = load_pool(pool_path)
     with Run.open(path, write=True) as run:
-        if not run.count():
-            raise UserError(f"the run {path} holds no instructions: add some with `silkie corpus instructions`")
+        run.check_instructions()
         config = asdict(pool)  # it holds names of environment variables, never keys
         if before := run.settings("pool"):
             check_same(before, config, "pool", _FREE)

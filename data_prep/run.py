@@ -168,6 +168,15 @@ CREATE TABLE instructions (
         """The number of instructions."""
         return self.db.execute("SELECT count(*) FROM instructions").fetchone()[0]
 
+    def check_instructions(self) -> None:
+        """Refuses a run that has none.
+
+        Raises:
+            UserError: says how to add some.
+        """
+        if not self.count():
+            raise UserError(f"the run {self.path} holds no instructions: add some with `silkie corpus instructions`")
+
     def instructions(self, first: int = 1, last: int | None = None) -> Iterator[Instruction]:
         """Instructions from number `first` to `last`, in order; memory stays flat."""
         end = 2**62 if last is None else last

@@ -133,8 +133,7 @@ def synthesize(
     options = options or Options()
     teacher = load_teacher(teacher_path)
     with Run.open(path, write=True) as run:
-        if not run.count():
-            raise UserError(f"the run {path} holds no instructions: add some with `silkie corpus instructions`")
+        run.check_instructions()
         config = asdict(teacher)
         if before := run.settings("teacher"):
             check_same(before, config, "teacher", _FREE)

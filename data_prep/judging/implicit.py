@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from data_prep.judging.aggregate import Judgement
-from data_prep.judging.rubric import Scale
+from data_prep.judging.one_aspect import OneAspect
 from data_prep.run import RATE, Gathered, JudgeReply, Run
 from silkie_jax.endpoints import outcomes
 from silkie_jax.endpoints.agents import Agent, check_agent
@@ -86,9 +86,10 @@ class ImplicitJudge:
 
 
 @dataclass(frozen=True)
-class ImplicitReading:
+class ImplicitReading(OneAspect):
     """What its replies come to; see `kinds.Reading`."""
 
+    aspect = ASPECT
     judge: str
 
     @classmethod
@@ -98,22 +99,6 @@ class ImplicitReading:
     @staticmethod
     def kept(settings: Mapping[str, Any]) -> dict[str, Any]:
         return {"name": "implicit"}
-
-    @property
-    def names(self) -> list[str]:
-        return [ASPECT]
-
-    @property
-    def weights(self) -> dict[str, float]:
-        return {ASPECT: 1.0}
-
-    @property
-    def scale(self) -> Scale | None:
-        return None
-
-    @property
-    def verdict(self) -> bool:
-        return False
 
     @property
     def asked(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from data_prep.judging.aggregate import Judgement
-from data_prep.judging.rubric import Scale
+from data_prep.judging.one_aspect import OneAspect
 from data_prep.run import RATE, Gathered, JudgeReply, Run, similarities_in
 from data_prep.sentences import FILTERS, OVERS, REWARDS, Sentence, kept, path_reward, sentence_rewards
 from silkie_jax.endpoints import outcomes
@@ -90,9 +90,10 @@ class SimilarityJudge:
 
 
 @dataclass(frozen=True)
-class SimilarityReading:
+class SimilarityReading(OneAspect):
     """What its replies come to; see `kinds.Reading`."""
 
+    aspect = ASPECT
     judge: str
     clip_weight: float
     reward: str
@@ -106,22 +107,6 @@ class SimilarityReading:
     @staticmethod
     def kept(settings: Mapping[str, Any]) -> dict[str, Any]:
         return {"name": "similarity"} | {key: settings[key] for key in SimilarityJudge.free}
-
-    @property
-    def names(self) -> list[str]:
-        return [ASPECT]
-
-    @property
-    def weights(self) -> dict[str, float]:
-        return {ASPECT: 1.0}
-
-    @property
-    def scale(self) -> Scale | None:
-        return None
-
-    @property
-    def verdict(self) -> bool:
-        return False
 
     @property
     def asked(self) -> tuple[str, ...]:

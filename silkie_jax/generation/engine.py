@@ -3,9 +3,9 @@
 A fixed number of slots hold keys and values. A request takes a slot for each of its samples as slots become free, and
 gives it back when the sample ends; meanwhile the others go on. Its prompt is computed once for all its samples, and for
 other requests of the same prompt that come while a slot still holds it; an image once for all requests that show it
-while its features are kept. What a request gets follows from the request alone
-(its length decides the dynamic NTK factor, its seed the draws), never from what else is in flight. With another
-number of slots arithmetic differs by rounding, as between any two programs.
+while its features are kept. What a request gets follows from the request alone (its length decides the dynamic NTK
+factor, its seed the draws), never from what else is in flight. With another number of slots arithmetic differs by
+rounding, as between any two programs.
 
 On several hosts every host runs the same requests in the same order.
 """
@@ -150,9 +150,7 @@ class Engine:
             own=own,
         )
         self._lanes: list[_Lane | None] = [None] * self._programs.count
-        self._holds: list[bytes | None] = [
-            None
-        ] * self._programs.count  # the prompt that is in each slot, also when free
+        self._holds: list[bytes | None] = [None] * self._programs.count  # each slot's prompt, also when it is free
         self._queue: deque[Ticket] = deque()
         self._started: list[Ticket] = []  # their prompts are in slots; some samples wait for one
         self._pool: OrderedDict[bytes, int] = OrderedDict()  # an image's number, the one used last at the end

@@ -16,10 +16,9 @@ from silkie_jax.scoring.features import FeatureStore, compute_features, find_fea
 from silkie_jax.scoring.fingerprints import tower_checksums, weights_fingerprint
 from silkie_jax.scoring.reference import compute_reference
 from silkie_jax.training import loop
-from silkie_jax.training.config_file import make_config
 from silkie_jax.training.loop import train
 from silkie_jax.training.trainer import load_policy
-from tests.training.support import SIDE, make_tiny, read_lines, record, write_corpus
+from tests.training.support import SIDE, make_tiny, read_lines, record, run_config, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -34,22 +33,7 @@ def folder(tmp_path_factory):
 
 
 def config(folder, run, **others):
-    given = {
-        "model": str(folder / "model"),
-        "corpus": str(folder / "corpus"),
-        "run_dir": str(folder / run),
-        "lora": {"rank": 2},
-        "optimizer": {"learning_rate": 1e-2, "schedule": "constant"},
-        "batch_rows": 2,
-        "steps": 3,
-        "dtype": "float32",
-        "remat": "none",
-        "mesh": {"data": 1},
-        "log_every": 1,
-        "checkpoint_every": 1,
-        "evaluation_fraction": 0,
-    }
-    return make_config(given | others)
+    return run_config(folder, run, **({"batch_rows": 2, "steps": 3, "checkpoint_every": 1} | others))
 
 
 STORED = {"features": "precomputed"}

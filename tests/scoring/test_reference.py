@@ -10,9 +10,8 @@ from silkie_jax.loading import load
 from silkie_jax.scoring.reference import compute_reference
 from silkie_jax.scoring.scorer import Scorer
 from silkie_jax.scoring.store import PART, ReferenceStore, find_reference
-from silkie_jax.training.config_file import make_config
 from silkie_jax.training.loop import train
-from tests.training.support import make_tiny, read_lines, record, write_corpus
+from tests.training.support import make_tiny, read_lines, record, run_config, write_corpus
 
 IDENTITY = {"weights": "a", "dtype": "float32", "tokenizer": "t", "rows": "r", "corpus": "c"}
 
@@ -27,21 +26,7 @@ def folder(tmp_path_factory):
 
 
 def config(folder, run, **others):
-    given = {
-        "model": str(folder / "model"),
-        "corpus": str(folder / "corpus"),
-        "run_dir": str(folder / run),
-        "lora": {"rank": 2},
-        "optimizer": {"learning_rate": 1e-2, "schedule": "constant"},
-        "batch_rows": 4,
-        "steps": 4,
-        "dtype": "float32",
-        "remat": "none",
-        "mesh": {"data": 1},
-        "log_every": 1,
-        "evaluation_fraction": 0,
-    }
-    return make_config(given | others)
+    return run_config(folder, run, **({"batch_rows": 4, "steps": 4} | others))
 
 
 @pytest.fixture(scope="module")

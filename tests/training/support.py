@@ -25,6 +25,8 @@ from silkie_jax.preference.counts import Work
 from silkie_jax.preference.grid import Shape, make_shape, round_up
 from silkie_jax.preference.layout import row_sizes
 from silkie_jax.preference.rows import Row, make_row
+from silkie_jax.training.config import TrainConfig
+from silkie_jax.training.config_file import make_config
 from silkie_jax.training.optimizer import trainable_filter
 from silkie_jax.training.step import MARGINS, Objective, Step
 
@@ -39,6 +41,16 @@ SIZES = {
     "vision_heads": 4,
     "image_size": SIDE,
 }
+SMALL_RUN = {
+    "lora": {"rank": 2},
+    "optimizer": {"learning_rate": 1e-2, "schedule": "constant"},
+    "dtype": "float32",
+    "remat": "none",
+    "mesh": {"data": 1},
+    "log_every": 1,
+    "evaluation_fraction": 0,
+}
+"""Keys of a run that learns something in a few steps, on one device."""
 ASPECTS = ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
 TEXTS = (
     "A red circle on a white ground.",
@@ -51,6 +63,12 @@ TEXTS = (
 def make_tiny(folder: Path, **sizes: int) -> Path:
     """The tiniest checkpoint that has everything."""
     return make_checkpoint(folder, **(SIZES | sizes))
+
+
+def run_config(folder: Path, run: str, **others) -> TrainConfig:
+    """The configuration of FOLDER/RUN over FOLDER/model and FOLDER/corpus."""
+    paths = {"model": str(folder / "model"), "corpus": str(folder / "corpus"), "run_dir": str(folder / run)}
+    return make_config(paths | SMALL_RUN | others)
 
 
 def image_bytes(seed: int, size: tuple[int, int] = (40, 30)) -> bytes:

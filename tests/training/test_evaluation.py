@@ -16,7 +16,7 @@ from silkie_jax.training.config_file import make_config
 from silkie_jax.training.data import open_data
 from silkie_jax.training.loop import train
 from silkie_jax.training.trainer import Trainer
-from tests.training.support import make_tiny, read_lines, record, write_corpus
+from tests.training.support import SMALL_RUN, make_tiny, read_lines, record, write_corpus
 
 STEPS = 4
 
@@ -25,16 +25,11 @@ STEPS = 4
 def base(tmp_path_factory):
     """What all runs here share: six instructions are held out, in batches of two."""
     folder = tmp_path_factory.mktemp("evaluation")
-    return {
+    return SMALL_RUN | {
         "model": str(make_tiny(folder / "model")),
         "corpus": str(write_corpus(folder / "corpus", [record(n, images=0) for n in range(10)])),
-        "lora": {"rank": 2},
-        "optimizer": {"learning_rate": 1e-2, "schedule": "constant"},
         "batch_rows": 2,
         "steps": STEPS,
-        "dtype": "float32",
-        "remat": "none",
-        "mesh": {"data": 1},
         "log_every": 2,
         "evaluate_every": 2,
         "evaluation_fraction": 0.6,

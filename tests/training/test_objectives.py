@@ -25,6 +25,7 @@ from silkie_jax.training.loop import train
 from silkie_jax.training.step import Objective
 from tests.training.support import (
     SIDE,
+    SMALL_RUN,
     Steps,
     assert_same_arrays,
     make_tiny,
@@ -69,20 +70,14 @@ def rows(tokenizer):
 def base(folder, tmp_path_factory):
     """What all runs here share."""
     corpus = write_corpus(tmp_path_factory.mktemp("corpus") / "c", [record(n, images=n % 2) for n in range(8)])
-    return {
+    return SMALL_RUN | {
         "model": str(folder),
         "corpus": str(corpus),
         "lora": {"rank": 2, "alpha": 4},
-        "optimizer": {"learning_rate": 1e-2, "schedule": "constant"},
         "batch_rows": 4,
         "steps": 4,
-        "dtype": "float32",
-        "remat": "none",
-        "mesh": {"data": 1},
-        "log_every": 1,
         "checkpoint_every": 1,
         "keep_checkpoints": 4,
-        "evaluation_fraction": 0,
     }
 
 

@@ -15,10 +15,9 @@ from silkie_jax.models.qwen_vl.chat import chat_prompt
 from silkie_jax.scoring.features import compute_features
 from silkie_jax.scoring.reference import compute_reference
 from silkie_jax.training import loop
-from silkie_jax.training.config_file import make_config
 from silkie_jax.training.loop import train
 from silkie_jax.training.result import export_run
-from tests.training.support import make_tiny, read_lines, record, write_corpus
+from tests.training.support import make_tiny, read_lines, record, run_config, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -30,23 +29,11 @@ def folder(tmp_path_factory):
 
 
 def config(folder, run, **others):
-    given = {
-        "model": str(folder / "model"),
-        "corpus": str(folder / "corpus"),
-        "run_dir": str(folder / run),
-        "lora": {"rank": 2},
-        "optimizer": {"learning_rate": 1e-2, "schedule": "constant"},
-        "batch_rows": 2,
-        "steps": 3,
-        "dtype": "float32",
-        "remat": "dots",
-        "mesh": {"data": 1},
-        "log_every": 1,
-        "checkpoint_every": 1,
-        "evaluation_fraction": 0,
-        "quantize": "int8",
-    }
-    return make_config(given | others)
+    return run_config(
+        folder,
+        run,
+        **({"batch_rows": 2, "steps": 3, "checkpoint_every": 1, "remat": "dots", "quantize": "int8"} | others),
+    )
 
 
 def curve(run):

@@ -11,7 +11,7 @@ from silkie_jax.scoring.reference import compute_reference
 from silkie_jax.training.config_file import load_config, make_config
 from silkie_jax.training.loop import train
 from silkie_jax.training.run_file import as_it_began, save_contents
-from tests.training.support import make_tiny, read_lines, record, write_corpus
+from tests.training.support import SMALL_RUN, make_tiny, read_lines, record, write_corpus
 
 AGREE = "policy and reference agree at the start: margins of "
 DIFFER = "policy and reference differ at the start"
@@ -22,18 +22,12 @@ CLOSE = {"float32": 1e-5, "bfloat16": 1e-2}  # to log 2, the loss of margins of 
 def base(tmp_path_factory):
     """What all runs here share."""
     folder = tmp_path_factory.mktemp("start")
-    return {
+    return SMALL_RUN | {
         "model": str(make_tiny(folder / "model")),
         "corpus": str(write_corpus(folder / "corpus", [record(n, images=0) for n in range(4)])),
         "lora": {"rank": 2, "alpha": 8},
-        "optimizer": {"learning_rate": 1e-2, "schedule": "constant"},
         "batch_rows": 4,
         "steps": 1,
-        "dtype": "float32",
-        "remat": "none",
-        "mesh": {"data": 1},
-        "log_every": 1,
-        "evaluation_fraction": 0,
     }
 
 

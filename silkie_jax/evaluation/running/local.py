@@ -138,7 +138,7 @@ def generated(engine: "Engine", tokenizer: Tokenizer, questions: Questions, item
             temperature=decoding.temperature,
             top_p=decoding.top_p,
             stop=(tokenizer.im_end, tokenizer.im_start),
-            seed=questions.seed_of(item) if decoding.temperature else 0,
+            seed=questions.seed_of(item),
         )
 
     requests = (request(item, images) for item, images in _with_images(items, size))
