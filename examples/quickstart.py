@@ -13,29 +13,21 @@ continues. docs/quickstart.md explains every step; `--fast` takes the same road 
 """
 
 import argparse
-import contextlib
 import json
 import os
-import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from examples.world.base import SHIPPED, fingerprint
+from examples.road import BASE, Road, change, markdown, pool_of, shown, use_two_cores
 from examples.world.pool import write_configs
-from silkie_jax.evaluation.report.runs import Measured, changed_figures, read_run
+from silkie_jax.evaluation.report.runs import Measured, read_run
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
-SFT, DPO, BASE = HERE / "quickstart-sft.yaml", HERE / "quickstart-dpo.yaml", Path(os.path.relpath(SHIPPED))
-SILKIE = Path(sys.executable).with_name("silkie")
-MARKER, DONE = ".made-by-quickstart", ".done"
+SFT, DPO = HERE / "quickstart-sft.yaml", HERE / "quickstart-dpo.yaml"
 BEST_MODEL = "faithful"
 """Of the pool, for the paper's second heuristic: GPT-4V there."""
-CORES = 2
-"""JAX takes each for a device. Another number gives other sums in training, and so another table."""
 
 
 @dataclass(frozen=True)
@@ -73,70 +65,7 @@ ROWS = (
 """Lines of the table: decoding, benchmark, figure, and what it is."""
 
 
-class Road:
-    """Stages in a folder; each is done once, and a file in `.done` says so.
-
-    Raises:
-        SystemExit: the folder holds something else, or what was begun with other arguments or another base.
-    """
-
-    def __init__(self, folder: Path, seed: int, sizes: Sizes):
-        self.folder, self.seed, self.sizes = folder, seed, sizes
-        marker = folder / MARKER
-        asked = {"seed": seed, **asdict(sizes), "base": fingerprint(BASE)}
-        if marker.exists():
-            if json.loads(marker.read_text() or "{}") != asked:
-                sys.exit(
-                    f"quickstart: {folder} was begun with another seed, size or base: remove it or name another folder"
-                )
-            print(f"quickstart: going on in {folder}")
-        elif folder.exists() and any(folder.iterdir()):
-            sys.exit(f"quickstart: {folder} is not empty and was not made by the quickstart; name another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder.with_name(f"{folder.name}{MARKER}")  # beside it, so that the marker is there whole or not at all
-        part.write_text(json.dumps(asked))
-        part.replace(marker)
-        (folder / DONE).mkdir(exist_ok=True)
-
-    def stage(self, name: str, about: str, work: Callable[[], None]) -> None:
-        """Do a stage, unless it was done."""
-        done = self.folder / DONE / name
-        print(f"\n== {about}{' (done before)' if done.exists() else ''}", flush=True)
-        if done.exists():
-            return
-        began = time.monotonic()
-        work()
-        done.write_text(f"{time.monotonic() - began:.1f} s\n")
-
-    def silkie(self, *arguments: str | Path) -> None:
-        """Show a `silkie` command and run it; end here if it fails."""
-        self.show_and_run("silkie", [SILKIE], arguments)
-
-    def python(self, module: str, *arguments: str | Path) -> None:
-        """Show a program of the examples and run it; end here if it fails."""
-        self.show_and_run(f"python -m {module}", [sys.executable, "-m", module], arguments)
-
-    def show_and_run(self, shown: str, program: list[str | Path], arguments: tuple[str | Path, ...]) -> None:
-        words = [str(argument) for argument in arguments]
-        print(f"$ {shown} {shlex.join(words)}", flush=True)
-        if status := subprocess.run([*program, *words]).returncode:
-            sys.exit(f"quickstart: `{shown}` ended with status {status}; the same command continues from here")
-
-
-@contextlib.contextmanager
-def pool_of(world: Path, seed: int) -> Iterator[str]:
-    """The models and the judge behind a URL, until the block ends."""
-    command = [sys.executable, "-m", "examples.world.pool", str(world), "--port", "0", "--seed", str(seed)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdin is not None
-        assert server.stdout is not None
-        try:
-            yield server.stdout.readline().strip()
-        finally:
-            server.stdin.close()
-
-
-def take(road: Road) -> None:
+def take(road: Road[Sizes]) -> None:
     """All stages."""
     silkie, folder, sizes = road.silkie, road.folder, road.sizes
     world, answers, corpus = folder / "world", folder / "answers", folder / "corpus"
@@ -234,29 +163,15 @@ def table(folder: Path) -> str:
     cells = []
     for decoding, benchmark, figure, about in ROWS:
         found = {name: measured(decoding, name, benchmark) for name in NAMES}
-        shown = {name: _number(of.figure(figure)) if of else "" for name, of in found.items()}
+        figures = [shown(found[name], figure) for name in NAMES]
         before, after = found["sft"], found["dpo"]
         assert before is not None
         assert after is not None
-        change = changed_figures(before, after)[figure]
-        digits = 1 if abs(change.value) >= 1 or figure == "words" else 3
-        said = f"{change.value:+.{digits}f} ({change.low:+.{digits}f} to {change.high:+.{digits}f})"
-        cells.append([about, shown["sft"], shown["dpo"], said, shown["longest"], shown["one-model"]])
-    lines = [["", *columns], *cells]
-    widths = [max(len(line[k]) for line in lines) for k in range(len(columns) + 1)]
-    rows = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
-    rows.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(rows) + "\n"
+        cells.append([about, *figures[:2], change(before, after, figure), *figures[2:]])
+    return markdown([["", *columns], *cells])
 
 
-def _number(figure: dict[str, float | None] | None) -> str:
-    value = figure["value"] if figure else None
-    return "–" if value is None else f"{value:.1f}" if value >= 2 else f"{value:.3f}"
-
-
-def chat(road: Road) -> None:
+def chat(road: Road[Sizes]) -> None:
     """Ask the exported model about the held-out picture whose description was mended most."""
     before, after = (
         read_run(str(road.folder / "greedy" / name)).measured["objects"].outcomes for name in ("sft", "dpo")
@@ -279,9 +194,8 @@ def main() -> int:
     parser.add_argument("--fast", action="store_true", help="the same road in small; its numbers mean nothing")
     args = parser.parse_args()
     began = time.monotonic()
-    road = Road(args.folder, args.seed, FAST if args.fast else Sizes())
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((args.folder / "compiled").resolve()))
-    os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={CORES}")
+    road = Road("quickstart", args.folder, args.seed, FAST if args.fast else Sizes())
+    use_two_cores(args.folder)
     try:
         take(road)
     except KeyboardInterrupt:

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from examples import quickstart
+from examples.road import Road
 from examples.tiny_qwen_vl import make_checkpoint
 from examples.tiny_vlfeedback import make_rows
 from examples.world import server
@@ -180,11 +181,11 @@ def test_no_page_is_forgotten():
         assert not forgotten, path.name
 
 
-class Recorder(quickstart.Road):
+class Recorder(Road[quickstart.Sizes]):
     """Shows commands and runs none."""
 
     def __init__(self, folder: Path):
-        super().__init__(folder, 0, quickstart.Sizes())
+        super().__init__("quickstart", folder, 0, quickstart.Sizes())
         self.shown: list[str] = []
 
     def stage(self, name, about, work):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from examples import quickstart
+from examples.road import DONE, Road
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ["world", "ask", "build", "sft", "reference", *quickstart.RULES]
@@ -43,7 +44,7 @@ def kill_within(process, folder, stage, seconds):
     """Kills everything of the quickstart some seconds after a stage began."""
     before = STAGES[STAGES.index(stage) - 1]
     deadline = time.monotonic() + 300
-    while not (folder / quickstart.DONE / before).exists():
+    while not (folder / DONE / before).exists():
         assert process.poll() is None, said_to(folder).read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -57,7 +58,7 @@ def test_killed_at_any_stage_it_ends_with_its_table(tmp_path, compiled):
     folder = tmp_path / "run"
     for stage, seconds in (("ask", 3.0), ("sft", 8.0), ("measure-dpo", 5.0)):
         kill_within(begin(folder, compiled), folder, stage, seconds)
-        assert not (folder / quickstart.DONE / "report").exists()
+        assert not (folder / DONE / "report").exists()
     last = begin(folder, compiled)
     status, said = last.wait(), said_to(folder).read_text()
     assert status == 0, said
@@ -80,19 +81,19 @@ def test_killed_at_any_stage_it_ends_with_its_table(tmp_path, compiled):
 
 
 def test_another_seed_does_not_go_on_in_the_folder_of_the_first(tmp_path, capsys):
-    quickstart.Road(tmp_path / "run", 0, quickstart.FAST)
-    quickstart.Road(tmp_path / "run", 0, quickstart.FAST)
+    Road("quickstart", tmp_path / "run", 0, quickstart.FAST)
+    Road("quickstart", tmp_path / "run", 0, quickstart.FAST)
     assert "going on in" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="was begun with another seed, size or base"):
-        quickstart.Road(tmp_path / "run", 1, quickstart.FAST)
+        Road("quickstart", tmp_path / "run", 1, quickstart.FAST)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
-    with pytest.raises(SystemExit, match="is not empty and was not made by the quickstart"):
-        quickstart.Road(tmp_path / "mine", 0, quickstart.FAST)
+    with pytest.raises(SystemExit, match="is not empty and was not made by this program"):
+        Road("quickstart", tmp_path / "mine", 0, quickstart.FAST)
 
 
 def test_a_stage_that_failed_is_done_again(tmp_path):
-    road = quickstart.Road(tmp_path / "run", 0, quickstart.FAST)
+    road = Road("quickstart", tmp_path / "run", 0, quickstart.FAST)
     done = []
     with pytest.raises(SystemExit, match="`silkie` ended with status"):
         road.stage("first", "fails", lambda: road.silkie("no-such-verb"))
