@@ -23,7 +23,7 @@ quickstart: $(VENV)/.installed-data,evaluation  ## preference distillation from 
 	$(BIN)/python -m examples.quickstart $(QUICKSTART)
 
 test: $(VENV)/.installed-dev  ## the test suite; TEST="PATH -k WORD" for some of it
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TEST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TEST)
 
 test-quickstart: $(VENV)/.installed-dev  ## the quickstart in small, killed again and again
 	$(BIN)/python -m pytest -m quickstart tests/examples/test_quickstart.py

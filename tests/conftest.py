@@ -1,6 +1,7 @@
 """Shared fixtures. Reference data lies beside the checkout, in ../shared; what reads it skips where it is absent."""
 
 import os
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def _folder(name: str) -> Path:
     if not path.is_dir():
         pytest.skip(f"reference data not present: ../shared/{name} does not exist beside this checkout")
     return path
+
+
+def pytest_collection_modifyitems(items):
+    """Files with the most slow tests first: several processes share the suite by files, and end together."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)

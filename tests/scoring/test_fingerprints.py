@@ -9,6 +9,7 @@ from flax import nnx
 from silkie_jax.checkpoints.weights import load_model
 from silkie_jax.hardware.mesh import make_mesh, sharding_of
 from silkie_jax.nn.lora import add_lora, linears
+from silkie_jax.scoring import fingerprints
 from silkie_jax.scoring.fingerprints import adapter_fingerprint, weights_fingerprint
 from tests.training.support import make_tiny
 
@@ -30,6 +31,14 @@ def test_sharding_changes_nothing(folder):
     model = adapted(folder)
     assert weights_fingerprint(sharded) == weights_fingerprint(model)
     assert adapter_fingerprint(sharded) == adapter_fingerprint(model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_host_and_device_make_the_same_checksums(folder, monkeypatch, dtype):
+    model = load_model(folder)
+    on_the_host = weights_fingerprint(model, jnp.dtype(dtype))
+    monkeypatch.setattr(fingerprints, "SMALL", 0)
+    assert weights_fingerprint(model, jnp.dtype(dtype)) == on_the_host
 
 
 def test_every_element_and_its_place_count(folder):
