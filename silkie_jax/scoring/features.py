@@ -3,6 +3,7 @@
     CORPUS/features/KEY/identity.json      what they depend on: tower, dtype, preprocessing, images
     CORPUS/features/KEY/images.txt         SHA-256 of every image file, in the order of the features
     CORPUS/features/KEY/part-00000.bin     of 256 images, as the decoder takes them: [256 images, 256, width]
+    CORPUS/features/KEY/null-mean.bin      of an image that shows nothing, where a loss needs it (null_image.py)
 
 Training with `features: precomputed` then neither loads nor runs the tower. An image is there once, however many
 records show it, in the order of its first record: what a row reads is one run of bytes, mapped and not decoded. One of
@@ -18,8 +19,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from silkie_jax.checkpoints.folders import check_room
@@ -32,6 +34,7 @@ from silkie_jax.hardware.mesh import batch_shards, local_sequences, make_mesh, p
 from silkie_jax.models.qwen_vl.config import IMAGE_TOKENS, QwenVLConfig
 from silkie_jax.models.qwen_vl.image import IMAGE_FORM, read_image
 from silkie_jax.models.qwen_vl.model import QwenVL
+from silkie_jax.models.qwen_vl.null_image import NullImage, keep_null, null_features
 from silkie_jax.nn.attention import Kernel
 from silkie_jax.preference.forward import block_wrapper
 from silkie_jax.preference.grid import round_up
@@ -59,7 +62,17 @@ class FeatureStore(Store):
         """Stores the features of a part."""
         self.begin()
         replace_file(self.folder / "images.txt", "".join(f"{image}\n" for image in self.images).encode())
-        path = self.path(part)
+        self._write(self.path(part), features)
+
+    def null_path(self, null: NullImage) -> Path:
+        """The file of a null image's features."""
+        return self.folder / f"{str(null).replace(' ', '-')}.bin"
+
+    def write_null(self, null: NullImage, features: Float[np.ndarray, "N 256 W"]) -> None:
+        """Stores the features of a null image, of each draw."""
+        self._write(self.null_path(null), features)
+
+    def _write(self, path: Path, features: Float[np.ndarray, "N 256 W"]) -> None:
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:
             file.write(np.ascontiguousarray(features, self.dtype).view(np.uint8).data)
@@ -67,19 +80,21 @@ class FeatureStore(Store):
             os.fsync(file.fileno())
         os.replace(temporary, path)
 
-    def read(self) -> "StoredFeatures":
+    def read(self, nulls: Sequence[NullImage] = ()) -> "StoredFeatures":
         """All of them, mapped: what is not used is not read.
 
         Raises:
-          UserError: a part is missing or cut short.
+          UserError: a part, or one of the null images, is missing or cut short.
         """
         self.check()
-        for part in range(self.parts):
-            size, found = self.nbytes(len(self.range(part))), self.path(part).stat().st_size
+        files = {self.path(part): len(self.range(part)) for part in range(self.parts)}
+        for path, images in (files | {self.null_path(null): null.draws for null in nulls}).items():
+            size, found = self.nbytes(images), path.stat().st_size if path.exists() else None
+            if found is None:
+                raise UserError(f"{path} is missing, which the loss needs; run `silkie reference` with this config")
             if found != size:
                 raise UserError(
-                    f"{self.path(part)}: damaged ({found} bytes instead of {size}); remove it and run "
-                    "`silkie reference` again"
+                    f"{path}: damaged ({found} bytes instead of {size}); remove it and run `silkie reference` again"
                 )
         return StoredFeatures(self)
 
@@ -88,7 +103,7 @@ class StoredFeatures:
     """Features by image file. Safe to share between threads."""
 
     def __init__(self, store: FeatureStore):
-        self.folder, self.shape, self.dtype = store.folder, store.shape, store.dtype
+        self.folder, self.shape, self.dtype, self._null_path = store.folder, store.shape, store.dtype, store.null_path
         self._numbers = {image: number for number, image in enumerate(store.images)}
         # Bytes: NumPy maps no bfloat16.
         self._parts = [np.memmap(store.path(part), np.uint8, "r") for part in range(store.parts)]
@@ -103,6 +118,13 @@ class StoredFeatures:
         part, place = divmod(self._numbers[hashlib.sha256(image).hexdigest()], self._part)
         found = self._parts[part][place * self._each : (place + 1) * self._each]
         return found.view(self.dtype).reshape(self.shape)
+
+    def keep_nulls(self, config: Settings, model: QwenVL, mesh: Mesh) -> None:
+        """Gives a model without its tower the features of the null images that the configuration's loss needs."""
+        for null in config.encoded_null_images:
+            values = np.fromfile(self._null_path(null), np.uint8).view(self.dtype).reshape(null.draws, *self.shape)
+            where = replicated(mesh)
+            keep_null(model, null, jax.make_array_from_callback(values.shape, where, values.__getitem__))
 
 
 def compute_features(config: Settings) -> Path:
@@ -143,7 +165,18 @@ def compute_features(config: Settings) -> Path:
             with together():
                 if main:
                     store.write(part, np.concatenate(values))
+    graph, state = nnx.split(model)
+    for null in config.encoded_null_images:  # at the most a few: computed anew where they are there
+        with together():
+            encode = partial(_encode_null, graph, null=null)
+            values = np.asarray(jax.jit(encode, out_shardings=replicated(mesh))(state))
+            if main:
+                store.write_null(null, values)
     return store.folder
+
+
+def _encode_null(graph: nnx.GraphDef, state: nnx.State, null: NullImage) -> Float[Array, "N 256 W"]:
+    return null_features(nnx.merge(graph, state), null)
 
 
 def find_features(config: Settings, corpus: CorpusReader, tower: bytes) -> StoredFeatures:
@@ -152,7 +185,7 @@ def find_features(config: Settings, corpus: CorpusReader, tower: bytes) -> Store
     Raises:
       UserError: there are none, or those there are another's; then the line says what differs.
     """
-    return feature_store(config, corpus, tower, list(first_places(corpus))).read()
+    return feature_store(config, corpus, tower, list(first_places(corpus))).read(config.encoded_null_images)
 
 
 def feature_store(config: Settings, corpus: CorpusReader, tower: bytes, images: Sequence[str]) -> FeatureStore:
@@ -181,8 +214,6 @@ class Encoder:
     """A compiled tower over batches of images, split over the mesh as rows are; a host decodes those of its devices."""
 
     def __init__(self, model: QwenVL, mesh: Mesh, kernel: Kernel, at_once: int, workers: int):
-        from flax import nnx
-
         self._mesh, self._workers, self._side = mesh, workers, model.config.visual.image_size
         self._count = round_up(at_once, batch_shards(mesh))
         graph, self._state = nnx.split(model)

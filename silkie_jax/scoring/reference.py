@@ -46,6 +46,8 @@ def compute_reference(config: Settings) -> Path:
             parts=parts,
             quantize=config.quantize,
         )
+        if features is not None:
+            features.keep_nulls(config, model, mesh)
     make_scorer = partial(
         Scorer,
         model,

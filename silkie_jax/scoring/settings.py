@@ -1,5 +1,6 @@
 """What a training configuration says about what is computed beforehand, and which parts of that are still to do."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import jax
@@ -39,6 +40,9 @@ class Settings(Protocol):
 
     @property
     def stored_null_image(self) -> NullImage | None: ...
+
+    @property
+    def encoded_null_images(self) -> Sequence[NullImage]: ...
 
 
 def missing_parts(store: Store) -> list[int]:

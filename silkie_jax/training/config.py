@@ -132,6 +132,12 @@ class TrainConfig:
         nulls = [term.needs.null for term in self.terms if self.reference == "precomputed"]
         return next((null.image for null in nulls if null and null.of == "reference"), None)
 
+    @property
+    def encoded_null_images(self) -> tuple[NullImage, ...]:
+        """The null images that a loss needs and the vision tower makes features of."""
+        nulls = {str(one.image): one.image for one in passes_of(self.terms) if one.image}
+        return tuple(nulls[name] for name in sorted(nulls) if nulls[name].kind != "tokens")
+
 
 def complete(config: TrainConfig, where: str = "config") -> TrainConfig:
     """The configuration with what depends on other keys filled in, checked as a whole; changes it in place.
@@ -276,12 +282,7 @@ def _check(config: TrainConfig, where: str) -> None:
         )
     checked(read_loss, config.loss, config.loss_options)
     for term in config.terms:
-        null, mixed = term.needs.null, term.needs.mixed
-        need(
-            config.features != "precomputed" or null is None or null.image is None or null.image.kind == "tokens",
-            f"loss {term.name} has its null image encoded by the vision tower, which features precomputed leaves out; "
-            "use features: live, or loss.null_image: tokens",
-        )
+        mixed = term.needs.mixed
         need(
             config.reference != "precomputed" or mixed is None or mixed.against.of != "reference",
             f"loss {term.name} extrapolates the reference's scores, and reference precomputed has its "
@@ -301,7 +302,7 @@ def training_of(config: TrainConfig) -> Training:
         stored_features=config.features == "precomputed",
         live_reference=live,
         null_passes=sum(one.image.draws for one in nulls if one.image),
-        null_images=sum(one.image.draws for one in nulls if one.image and one.image.kind != "tokens"),
+        null_images=0 if config.features == "precomputed" else sum(null.draws for null in config.encoded_null_images),
         mixed_gradient=any(term.needs.mixed and term.needs.mixed.through != "nothing" for term in config.terms),
         remat=config.remat,
         attention_again=config.attention in ("plain", "cudnn"),

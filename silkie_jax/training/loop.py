@@ -71,13 +71,16 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
         condition = data.train.options.condition
         asked = condition.asked if condition else None
         benchmarks = Benchmarks(config, tokenizer, mesh, kernel, asked)
-    tower = Tower(b"", b"")
+    tower, features = Tower(b"", b""), None
     if config.features == "precomputed":
         with together():
             options = kept_dtype(config), partial(sharding_of, mesh), config.quantize
             tower = tower_checksums(config.model, config.dtype, *options)
-            data.use_features(find_features(config, corpus, tower.computed))
+            features = find_features(config, corpus, tower.computed)
+            data.use_features(features)
     policy = load_policy(config, mesh)
+    if features is not None:
+        features.keep_nulls(config, policy, mesh)
     contents |= loaded_contents(config, policy, tower.kept)
     with together():
         check_contents(run, config, contents)

@@ -24,6 +24,7 @@ from silkie_jax.hardware.mesh import batch_sharding, put, replicated, sharding_o
 from silkie_jax.models.qwen_vl.config import IMAGE_TOKENS, QwenVLConfig
 from silkie_jax.models.qwen_vl.model import PARTS, QwenVL
 from silkie_jax.models.qwen_vl.names import leaves
+from silkie_jax.models.qwen_vl.null_image import keep_null
 from silkie_jax.nn.lora import add_lora, linears
 from silkie_jax.preference.batches import Batch
 from silkie_jax.preference.grid import Shape
@@ -280,6 +281,9 @@ def blank_policy(config: TrainConfig, model_config: QwenVLConfig) -> QwenVL:
         model = QwenVL(model_config, dtype=dtype, parts=parts_of(config), rngs=nnx.Rngs(0))
         if config.quantize:
             model.quantize()
+        if config.features == "precomputed":
+            for null in config.encoded_null_images:
+                keep_null(model, null, jnp.zeros((null.draws, IMAGE_TOKENS, model_config.visual.output_dim), dtype))
         _draw_lora(model, config)
         return model
 

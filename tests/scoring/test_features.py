@@ -89,6 +89,18 @@ def test_a_run_that_began_with_its_tower_goes_on_without(folder, stored, monkeyp
     np.testing.assert_allclose(curve(train(config(folder, "stopped", **STORED))), alone, rtol=1e-5, atol=1e-5)
 
 
+def test_a_null_image_is_stored_with_them(folder):
+    """A loss that asks what the policy says with an image that shows nothing: no tower makes that image's features."""
+    options = {"dtype": "bfloat16", "loss": {"name": "vdpo", "guide": "policy"}, "steps": 2}
+    live = curve(train(config(folder, "live_null", **options)))
+    stored = compute_features(config(folder, "none", **options, **STORED))
+    assert (stored / "null-mean.bin").stat().st_size == 256 * 128 * 2
+    assert curve(train(config(folder, "stored_null", **options, **STORED))) == live
+    (stored / "null-mean.bin").unlink()
+    with pytest.raises(UserError, match=r"null-mean\.bin is missing, which the loss needs; run `silkie reference`"):
+        train(config(folder, "refused", **options, **STORED))
+
+
 # What is loaded
 
 

@@ -47,6 +47,7 @@ class QwenVL(nnx.Module):
         decoder: Any = Decoder(config, dtype=kind, rngs=rngs) if "language" in parts else None
         self.visual: VisionTower = nnx.data(tower)
         self.language: Decoder = nnx.data(decoder)
+        self.nulls = nnx.Dict({})  # stored features of images that show nothing, without a tower (null_image.py)
 
     def quantize(self) -> None:
         """Keeps the large weights of decoder and tower in 8 bits, in place; adapters are trained as before."""

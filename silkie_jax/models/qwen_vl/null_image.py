@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float
 
 from silkie_jax.models.qwen_vl.config import IMAGE_TOKENS
@@ -35,12 +36,19 @@ class NullImage:
         return f"null {self.kind}" + (f" {self.draws}" if self.kind == "noise" else "")
 
 
+def keep_null(model: QwenVL, null: NullImage, features: Float[Array, "N 256 W"]) -> None:
+    """Lets a model without its tower keep what that makes of a null image: a constant, which nobody trains."""
+    model.nulls[str(null)] = nnx.Variable(features, axes=(None, None, None))
+
+
 def null_features(
     model: QwenVL, null: NullImage, wrap: Callable | None = None, kernel: Kernel = PLAIN
 ) -> Float[Array, "N 256 W"]:
-    """The rows that stand for the null image, of each draw."""
+    """The rows that stand for the null image, of each draw; of a model without its tower those that it keeps."""
     if null.kind == "tokens":
         return jnp.zeros((1, IMAGE_TOKENS, model.config.hidden_size), model.dtype)
+    if model.visual is None:
+        return model.nulls[str(null)][...]
     side = model.config.visual.image_size
     shape = (null.draws, side, side, 3)
     pixels = jax.random.normal(jax.random.key(0), shape) if null.kind == "noise" else jnp.zeros(shape)
