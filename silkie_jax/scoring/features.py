@@ -169,9 +169,9 @@ def compute_features(config: Settings) -> Path:
     for null in config.encoded_null_images:  # at the most a few: computed anew where they are there
         with together():
             encode = partial(_encode_null, graph, null=null)
-            values = np.asarray(jax.jit(encode, out_shardings=replicated(mesh))(state))
+            rows = np.asarray(jax.jit(encode, out_shardings=replicated(mesh))(state))
             if main:
-                store.write_null(null, values)
+                store.write_null(null, rows)
     return store.folder
 
 
