@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 STEP = ["--remat", "dots", "--batch-rows", "8", "--attention", "flash", "--steps", "5", "--warmup", "2"]
 STEP += ["--limit", "170", "--peer-pairs", "8", "--peer", "trl", "tricks"]
 STEP += ["--also", "batch_rows=14", "features=precomputed,batch_rows=14", "features=precomputed,batch_rows=32"]
-STEP += ["tokens=1024,batch_rows=14", "quantize=int8,batch_rows=14", "attention=cudnn", "reference=adapter_off"]
+STEP += ["tokens=1024,batch_rows=14", "compute=fp8,batch_rows=14", "quantize=int8,batch_rows=14"]
+STEP += ["attention=cudnn", "reference=adapter_off"]
 STEP += ["remat=full,features=precomputed,batch_rows=1", "remat=none,batch_rows=4", "attention=plain"]
 # Script, its options, and the share of the minutes that it may take at most.
 PARTS: dict[str, tuple[str, list[str], float]] = {

@@ -43,6 +43,7 @@ VARIED: dict[str, list[str]] = {
     "attention": ["auto"],
     "features": ["live"],
     "quantize": ["null"],
+    "compute": ["null"],
     "tokens": ["null"],
 }
 KEYS = list(VARIED)
@@ -90,11 +91,15 @@ def random_state(program: Any) -> Any:
     import jax.numpy as jnp
     from flax import nnx
 
+    from silkie_jax.nn.quantize import is_code
+
     def draw(path: tuple, struct: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
         if path[-1] in ("bias", "lora_b"):
             return jnp.zeros(struct.shape, struct.dtype)
         if struct.dtype == jnp.int8:
             return jax.random.randint(key, struct.shape, -127, 128, jnp.int8)
+        if is_code(struct.dtype):  # e4m3, 73 in the mean square as well, and never beyond what it can say
+            return (73 * jax.random.truncated_normal(key, -6, 6, struct.shape, jnp.float32)).astype(struct.dtype)
         if path[-1] in ("scale", "wte_scale"):  # of codes that are 73 in the mean square
             return jnp.full(struct.shape, 0.02 / 73, struct.dtype)
         if any(str(part).startswith("ln_") for part in path):

@@ -28,7 +28,7 @@ from silkie_jax.checkpoints.tensor_files import nbytes
 from silkie_jax.errors import UserError
 from silkie_jax.models.qwen_vl.model import PARTS, QwenVL
 from silkie_jax.models.qwen_vl.names import Leaf, abstract_model, leaves, scale_path
-from silkie_jax.nn.quantize import encode
+from silkie_jax.nn.quantize import encode, is_code
 
 ShardingOf = Callable[[tuple[str | None, ...], tuple[int, ...]], Sharding]
 """From an array's logical axes ("layers" first where layers are stacked) and its shape to its sharding."""
@@ -56,7 +56,7 @@ def load_model(
       sharding_of: where each array goes (see `ShardingOf`); None: the default device.
       param_dtype: the type to keep parameters in; None: `dtype`.
       parts: which parts of the model (`model.PARTS`) are loaded; the others are not read.
-      quantize: "int8": large weights are kept in 8 bits (nn/quantize.py), piece after piece as they are read.
+      quantize: "int8" or "fp8": large weights are kept in 8 bits (nn/quantize.py), piece after piece as they are read.
 
     Raises:
       UserError: all that is wrong with the folder or the adapter, in one line.
@@ -117,7 +117,8 @@ def _fill(source: Source, leaf: Leaf, targets: list["_Target"]) -> None:
         if not any(target.wants(piece) for target in targets):
             return
         values = source.read(piece)
-        for target, part in zip(targets, encode(values) if len(targets) > 1 else (values,), strict=True):
+        parts = encode(values, targets[0].dtype) if len(targets) > 1 else (values,)
+        for target, part in zip(targets, parts, strict=True):
             target.fill(piece, part)
 
     for _ in read_ahead(partial(fill, piece) for piece in pieces(leaf, source.dtypes[leaf.path])):
@@ -128,7 +129,7 @@ class _Target:
     """An array to be: the slices of it that this process's devices need, filled piece by piece."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding):
-        self._shape, self._sharding = shape, sharding
+        self._shape, self.dtype, self._sharding = shape, dtype, sharding
         self._devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
         for device, index in sharding.addressable_devices_indices_map(shape).items():
             assert index is not None
@@ -196,7 +197,7 @@ def save_model(model: QwenVL, dst: str | Path, like: str | Path, dtype: str | No
     target = dtype and parse_dtype(dtype)
     tree = leaves(model.config)
     arrays = {".".join(keys): variable[...] for keys, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    if any(array.dtype == np.int8 for array in arrays.values()):
+    if any(is_code(array.dtype) for array in arrays.values()):
         raise UserError(f"{dst}: weights in 8 bits are no checkpoint; load the model without quantize to save it")
     source = open_source(like) if tree.keys() - arrays.keys() else None
     own = source.dtypes if source else {}

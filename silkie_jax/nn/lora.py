@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from silkie_jax.errors import UserError
 from silkie_jax.nn.precision import precision
-from silkie_jax.nn.quantize import encode_array, product
+from silkie_jax.nn.quantize import METHODS, encode_array, product
 
 LINEAR = "linear"  # checkpoint name of what linear layers give
 
@@ -57,10 +57,10 @@ class Linear(nnx.Module):
         # Named, so that rematerialisation may keep the sum alone, and not also each of the products it is made of.
         return checkpoint_name(y, LINEAR)
 
-    def quantize(self) -> None:
-        """Codes and scales take the weight's place; it can no longer be trained."""
+    def quantize(self, method: str = "int8") -> None:
+        """Codes and scales (nn/quantize.py) take the weight's place; it can no longer be trained."""
         axes = self.weight.axes
-        codes, scale = encode_array(self.weight[...])
+        codes, scale = encode_array(self.weight[...], METHODS[method])
         self.weight, self.scale = nnx.Param(codes, axes=axes), nnx.Param(scale, axes=axes[:-1])
 
 

@@ -31,6 +31,7 @@ from silkie_jax.errors import UserError
 from silkie_jax.hardware.distributed import together
 from silkie_jax.hardware.kernel import sound_kernel
 from silkie_jax.hardware.mesh import batch_shards, local_sequences, make_mesh, put, replicated, sharding_of
+from silkie_jax.hardware.products import check_compute
 from silkie_jax.models.qwen_vl.config import IMAGE_TOKENS, QwenVLConfig
 from silkie_jax.models.qwen_vl.image import IMAGE_FORM, read_image
 from silkie_jax.models.qwen_vl.model import QwenVL
@@ -39,7 +40,7 @@ from silkie_jax.nn.attention import Kernel
 from silkie_jax.preference.forward import block_wrapper
 from silkie_jax.preference.grid import round_up
 from silkie_jax.scoring.fingerprints import checksums
-from silkie_jax.scoring.settings import Settings, missing_parts
+from silkie_jax.scoring.settings import Settings, missing_parts, numerics
 from silkie_jax.scoring.store import Identity, Store, replace_file
 
 _AT_LEAST = 4  # images that a device encodes together
@@ -138,10 +139,11 @@ def compute_features(config: Settings) -> Path:
     main = jax.process_index() == 0
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with together():
+        check_compute(config.compute, mesh)
         corpus = CorpusReader(config.corpus)
         where = partial(sharding_of, mesh)
         model = load_model(
-            config.model, dtype=config.dtype, sharding_of=where, parts=("visual",), quantize=config.quantize
+            config.model, dtype=config.dtype, sharding_of=where, parts=("visual",), quantize=config.codes
         )
         found = first_places(corpus)
     store = feature_store(config, corpus, checksums(model, jnp.dtype(config.dtype)), list(found))
@@ -191,8 +193,7 @@ def find_features(config: Settings, corpus: CorpusReader, tower: bytes) -> Store
 def feature_store(config: Settings, corpus: CorpusReader, tower: bytes, images: Sequence[str]) -> FeatureStore:
     """Where the features of these images lie."""
     model = QwenVLConfig.from_folder(config.model)
-    quantized = {"quantize": config.quantize} if config.quantize else {}
-    identity = quantized | {
+    identity = numerics(config) | {
         "tower": hashlib.sha256(tower).hexdigest(),
         "dtype": config.dtype,
         "preprocessing": f"{IMAGE_FORM}, {model.visual.image_size} pixels",

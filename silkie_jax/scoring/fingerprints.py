@@ -19,6 +19,7 @@ from jaxtyping import Array, UInt
 from silkie_jax.checkpoints.weights import ShardingOf, stream_part
 from silkie_jax.models.qwen_vl.model import QwenVL
 from silkie_jax.nn.lora import linears
+from silkie_jax.nn.quantize import is_code
 
 
 def weights_fingerprint(model: QwenVL, dtype: jnp.dtype | None = None, tower: bytes = b"") -> str:
@@ -82,8 +83,8 @@ SMALL = 2**22
 
 
 def _line(name: str, array: Array, dtype: jnp.dtype | None = None) -> bytes:
-    coded = dtype is None or not jnp.issubdtype(array.dtype, jnp.floating)  # codes are never cast
-    kind = jnp.dtype(array.dtype if coded else dtype)
+    kept = dtype is None or is_code(array.dtype)
+    kind = jnp.dtype(array.dtype if kept else dtype)
     if array.nbytes <= SMALL and array.is_fully_addressable:
         with np.errstate(over="ignore"):
             sums = _checksums(np, np.asarray(array), kind)

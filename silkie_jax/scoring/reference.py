@@ -12,6 +12,7 @@ from silkie_jax.corpus import CorpusReader
 from silkie_jax.hardware.distributed import together
 from silkie_jax.hardware.kernel import sound_kernel
 from silkie_jax.hardware.mesh import make_mesh, sharding_of
+from silkie_jax.hardware.products import check_compute
 from silkie_jax.models.qwen_vl.model import PARTS, QwenVL
 from silkie_jax.models.qwen_vl.null_image import NullImage
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
@@ -19,7 +20,7 @@ from silkie_jax.preference.rows import ROW_FORM
 from silkie_jax.scoring.features import find_features
 from silkie_jax.scoring.fingerprints import adapter_fingerprint, tower_checksums, weights_fingerprint
 from silkie_jax.scoring.scorer import Scorer
-from silkie_jax.scoring.settings import Settings, missing_parts
+from silkie_jax.scoring.settings import Settings, missing_parts, numerics
 from silkie_jax.scoring.store import Identity, ReferenceStore
 
 
@@ -34,9 +35,10 @@ def compute_reference(config: Settings) -> Path:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     where, features, tower, parts = partial(sharding_of, mesh), None, b"", PARTS
     with together():
+        check_compute(config.compute, mesh)
         corpus, tokenizer = CorpusReader(config.corpus), Tokenizer.from_folder(config.model)
         if config.features == "precomputed":
-            tower = tower_checksums(config.model, config.dtype, config.dtype, where, config.quantize).computed
+            tower = tower_checksums(config.model, config.dtype, config.dtype, where, config.codes).computed
             features, parts = find_features(config, corpus, tower), ("language",)
         model = load_model(
             config.model,
@@ -44,7 +46,7 @@ def compute_reference(config: Settings) -> Path:
             adapter=config.adapter,
             sharding_of=where,
             parts=parts,
-            quantize=config.quantize,
+            quantize=config.codes,
         )
         if features is not None:
             features.keep_nulls(config, model, mesh)
@@ -97,10 +99,9 @@ def identity(
     `tower` are the checksums of a vision tower that `model` lacks: stored features change nothing.
     """
     adapter = {"adapter": adapter_fingerprint(model) or ""} if config.adapter else {}
-    quantized = {"quantize": config.quantize} if config.quantize else {}
     return (
         adapter
-        | quantized
+        | numerics(config)
         | {
             "weights": weights_fingerprint(model, jnp.dtype(config.dtype), tower),
             "dtype": config.dtype,

@@ -28,12 +28,16 @@ class Settings(Protocol):
     dtype: str
     features: str
     quantize: str | None
+    compute: str | None
     max_length: int
     max_prompt_length: int | None
     batch_rows: int
     batch_tokens: int | None
     workers: int
     attention: str
+
+    @property
+    def codes(self) -> str | None: ...
 
     @property
     def mesh(self) -> MeshSizes: ...
@@ -43,6 +47,12 @@ class Settings(Protocol):
 
     @property
     def encoded_null_images(self) -> Sequence[NullImage]: ...
+
+
+def numerics(config: Settings) -> dict[str, str]:
+    """How frozen weights are kept and multiplied, where it is not as `dtype` says: part of what stored numbers are."""
+    keys = {"quantize": config.quantize, "compute": config.compute}
+    return {key: value for key, value in keys.items() if value}
 
 
 def missing_parts(store: Store) -> list[int]:

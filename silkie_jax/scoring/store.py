@@ -24,8 +24,8 @@ from silkie_jax.errors import UserError
 PART = 1024  # records of a file
 
 Identity = Mapping[str, str]
-"""What stored numbers depend on, by name. Log-probabilities: weights, dtype, tokenizer, rows, corpus; adapter or
-quantize where there is one; image where it is not the response's own."""
+"""What stored numbers depend on, by name. Log-probabilities: weights, dtype, tokenizer, rows, corpus; adapter,
+quantize or compute where there is one; image where it is not the response's own."""
 
 
 class Store:

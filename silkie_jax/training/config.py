@@ -8,13 +8,13 @@ from silkie_jax.corpus.imitation import check_imitate, plain_imitate
 from silkie_jax.errors import UserError
 from silkie_jax.models.qwen_vl.flops import Training
 from silkie_jax.models.qwen_vl.null_image import NullImage
-from silkie_jax.nn.quantize import METHODS
 from silkie_jax.preference.condition import check_condition
 from silkie_jax.preference.losses import LossOptions, Term, passes_of, read_loss
 
 OBJECTIVES = ("dpo", "sft")
 REFERENCES = ("adapter_off", "copy", "precomputed")
-QUANTIZE = METHODS
+QUANTIZE = ("int8",)
+COMPUTE = ("fp8",)
 FEATURES = ("live", "precomputed")
 VISION = ("none", "resampler", "all")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -103,6 +103,7 @@ class TrainConfig:
     seed: int = 0
     dtype: str = "bfloat16"  # of computation and of frozen weights; what is trained is kept in float32
     quantize: str | None = None  # int8: frozen weights of decoder and tower are kept in 8 bits
+    compute: str | None = None  # fp8: what is multiplied with these weights is in 8 bits, as they are
     remat: str = "dots"  # what is computed again: every layer (full), all but matmuls and flash, or nothing
     attention: str = "auto"  # the kernel; auto: what is best on the platform
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -116,6 +117,11 @@ class TrainConfig:
     log_every: int = 10
     workers: int = 2  # threads that prepare batches
     wandb: str | None = None  # project to log to, where wandb is installed
+
+    @property
+    def codes(self) -> str | None:
+        """What frozen weights are kept as, by the names of nn/quantize.py: METHODS; None: `dtype`."""
+        return self.compute or self.quantize
 
     @property
     def loss_options(self) -> LossOptions:
@@ -218,14 +224,20 @@ def _check(config: TrainConfig, where: str) -> None:
     sizes = dataclasses.astuple(config.mesh)
     need(all(s == -1 or s >= 1 for s in sizes), f"mesh sizes must be at least 1, or -1 for the rest, not {sizes}")
     need(sizes.count(-1) <= 1, "only one mesh axis can be -1")
-    if config.quantize is not None:
-        one_of("quantize", config.quantize, QUANTIZE)
-        need(bool(config.lora), f"quantize {config.quantize} is of frozen weights, and lora is null; set quantize=null")
+    for key, choices in (("quantize", QUANTIZE), ("compute", COMPUTE)):
+        value = getattr(config, key)
+        if value is None:
+            continue
+        one_of(key, value, choices)
+        need(bool(config.lora), f"{key} {value} is of frozen weights, and lora is null; set {key}=null")
         need(
             config.train_vision == "none",
-            f"quantize {config.quantize} is of frozen weights, but train_vision is {config.train_vision}; "
-            "set quantize=null",
+            f"{key} {value} is of frozen weights, but train_vision is {config.train_vision}; set {key}=null",
         )
+    need(
+        not (config.quantize and config.compute),
+        f"compute {config.compute} keeps frozen weights in 8 bits of its own; set quantize=null",
+    )
     if config.features == "precomputed":
         need(
             config.train_vision == "none",
@@ -282,7 +294,13 @@ def _check(config: TrainConfig, where: str) -> None:
         )
     checked(read_loss, config.loss, config.loss_options)
     for term in config.terms:
-        mixed = term.needs.mixed
+        null, mixed = term.needs.null, term.needs.mixed
+        more = [p for p in (null, mixed.against if mixed else None) if p and p.of == "reference"]
+        need(
+            config.compute is None or config.reference == "precomputed" or not more,
+            f"loss {term.name} wants more of the reference than its log-probabilities, which compute "
+            f"{config.compute} does not give; set compute=null{'' if mixed else ' or reference=precomputed'}",
+        )
         need(
             config.reference != "precomputed" or mixed is None or mixed.against.of != "reference",
             f"loss {term.name} extrapolates the reference's scores, and reference precomputed has its "

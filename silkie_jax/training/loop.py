@@ -11,6 +11,7 @@ from silkie_jax.errors import UserError
 from silkie_jax.hardware.distributed import StopRequest, as_the_first_host, together
 from silkie_jax.hardware.kernel import sound_kernel
 from silkie_jax.hardware.mesh import make_mesh, sharding_of
+from silkie_jax.hardware.products import check_compute
 from silkie_jax.models.qwen_vl.tokenizer import Tokenizer
 from silkie_jax.preference.batches import Batch, BatchSource
 from silkie_jax.preference.drift import RATIO, measure_drift
@@ -64,6 +65,7 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
     kernel = sound_kernel(config.attention, config.dtype, mesh, began.attention if began else None, say)
     config = dataclasses.replace(config, attention=kernel.name)
     with together():  # what is wrong with the data is said before gigabytes are read
+        check_compute(config.compute, mesh)
         corpus, tokenizer = CorpusReader(config.corpus), Tokenizer.from_folder(config.model)
         contents = read_contents(corpus, tokenizer)
         check_contents(run, config, contents)
@@ -74,7 +76,7 @@ def train(config: TrainConfig, profile: int = 0) -> Path:
     tower, features = Tower(b"", b""), None
     if config.features == "precomputed":
         with together():
-            options = kept_dtype(config), partial(sharding_of, mesh), config.quantize
+            options = kept_dtype(config), partial(sharding_of, mesh), config.codes
             tower = tower_checksums(config.model, config.dtype, *options)
             features = find_features(config, corpus, tower.computed)
             data.use_features(features)

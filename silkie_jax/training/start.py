@@ -12,14 +12,16 @@ import jax
 import jax.numpy as jnp
 
 from silkie_jax.errors import UserError
+from silkie_jax.nn.quantize import METHODS
 from silkie_jax.training.config import TrainConfig
 from silkie_jax.training.step import MARGINS
 
 # Two passes over the same weights differ where a compiler fuses them differently, or a batch is padded to another
 # length. A label's log-probability is then off by some units in the last place of the type that is computed in, and a
 # pair's margin by that times the square root of its labels. Margins of random weights, 148 labels a response, were
-# measured to be 4.5 to 13 units a label away from float32's in bfloat16; in float32 such sums agree to 5e-4.
-_UNITS = {"bfloat16": 16, "float32": 256}
+# measured to be 4.5 to 13 units a label away from float32's in bfloat16; in float32 such sums agree to 5e-4. With
+# products of e4m3 they were up to 7 units of that type away, and a stored reference is of another program.
+_UNITS = {"bfloat16": 16, "float32": 256, "float8_e4m3fn": 8}
 
 
 class Start:
@@ -44,8 +46,9 @@ class Start:
         self._todo = False
         config = self._config
         margin = math.sqrt(float(square))
-        rounding = _UNITS[config.dtype] * float(jnp.finfo(config.dtype).eps) * math.sqrt(float(labels))
-        found = f"margins of {margin:.2g} nats a pair, of which {rounding:.2g} can be rounding in {config.dtype}"
+        kind = METHODS[config.compute].name if config.compute else config.dtype
+        rounding = _UNITS[kind] * float(jnp.finfo(kind).eps) * math.sqrt(float(labels))
+        found = f"margins of {margin:.2g} nats a pair, of which {rounding:.2g} can be rounding in {kind}"
         if margin <= rounding:
             self._say(f"policy and reference agree at the start: {found}")
         elif config.adapter and config.reference == "adapter_off":

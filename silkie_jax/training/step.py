@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from silkie_jax.models.qwen_vl.model import QwenVL
 from silkie_jax.nn.attention import PLAIN, Kernel
-from silkie_jax.preference.forward import block_wrapper
+from silkie_jax.preference.forward import block_wrapper, image_features
 from silkie_jax.preference.logprobs import branch_sums
 from silkie_jax.preference.losses import POLICY, REFERENCE, LossOptions, Term, make_pairs, read_loss
-from silkie_jax.preference.passes import Models, encode_null_images, make_passes
+from silkie_jax.preference.passes import STORED, Models, encode_null_images, make_passes
 
 Arrays = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
@@ -31,6 +31,8 @@ class Objective:
     """What is minimised. `reference` is adapter_off, copy, precomputed, or None for supervised fine-tuning.
 
     `loss` is what a configuration says (losses/table.py); `steps` are the run's, of which some losses take a share.
+    With `one_body` the pass of adapter_off or copy is the policy's own program (`Step._twice`): where products round so
+    coarsely that a last bit becomes a step, two programs of the same weights would give two answers.
     """
 
     loss: Any = "sigmoid"
@@ -38,6 +40,7 @@ class Objective:
     reference: str | None = "adapter_off"
     remat: str = "full"
     steps: int = 1
+    one_body: bool = False
 
     @functools.cached_property
     def terms(self) -> tuple[Term, ...]:
@@ -56,6 +59,14 @@ class Fixed(NamedTuple):
     nulls: dict[str, Array]
     thresholds: Metrics
     progress: Float[Array, ""] | None
+
+
+class Told(NamedTuple):
+    """What a batch says: sums over its pairs, what memories take up of each, the policy's log-probabilities."""
+
+    sums: Metrics
+    records: dict[str, Float[Array, "P"]]
+    logps: Float[Array, "B K"]
 
 
 class Step:
@@ -96,10 +107,8 @@ class Step:
 
         def accumulate(carry: tuple[nnx.State, Metrics], rows: Arrays):
             grads, sums = carry
-            (_, (more, records)), g = jax.value_and_grad(self._loss, has_aux=True)(
-                trainable, frozen, reference, fixed, rows, total, branches
-            )
-            return (jax.tree.map(jnp.add, grads, g), jax.tree.map(jnp.add, sums, more)), records
+            g, told = self._gradient(trainable, frozen, reference, fixed, rows, total, branches)
+            return (jax.tree.map(jnp.add, grads, g), jax.tree.map(jnp.add, sums, told.sums)), told.records
 
         zeros = jax.tree.map(jnp.zeros_like, trainable)
         none = self._no_sums(trainable, frozen, reference, fixed, batch, branches)
@@ -128,8 +137,8 @@ class Step:
         fixed = self._fixed(trainable, memory, frozen, reference)
 
         def add(sums: Metrics, rows: Arrays):
-            _, (more, _) = self._loss(trainable, frozen, reference, fixed, rows, jnp.float32(1), branches)
-            return jax.tree.map(jnp.add, sums, more), None
+            told = self._values(trainable, frozen, reference, fixed, rows, jnp.float32(1), branches)
+            return jax.tree.map(jnp.add, sums, told.sums), None
 
         none = self._no_sums(trainable, frozen, reference, fixed, batch, branches)
         sums, _ = jax.lax.scan(add, none, batch)
@@ -148,7 +157,7 @@ class Step:
         first = jax.tree.map(lambda x: x[0], batch)
 
         def sums(first: Arrays, fixed: Fixed) -> Metrics:
-            return self._loss(trainable, frozen, reference, fixed, first, jnp.float32(1), branches)[1][0]
+            return self._values(trainable, frozen, reference, fixed, first, jnp.float32(1), branches).sums
 
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(sums, first, fixed))
 
@@ -163,7 +172,7 @@ class Step:
         """The policy, the same without gradients, and the reference where it is computed."""
         policy: QwenVL = nnx.merge(self.graph, trainable, frozen)
         still: QwenVL = nnx.merge(self.graph, jax.tree.map(jax.lax.stop_gradient, trainable), frozen)
-        match self.objective.reference:
+        match None if self.objective.one_body else self.objective.reference:
             case "adapter_off":
                 return Models(policy, still, still, adapter=False, own_tower=False)
             case "copy":
@@ -192,6 +201,61 @@ class Step:
                 out[term.name] = term.needs.memory.take(memory[term.name], records[term.name].reshape(-1), order, valid)
         return out | ({"updates": memory["updates"] + 1} if "updates" in memory else {})
 
+    def _gradient(self, trainable: nnx.State, *rest: Any) -> tuple[nnx.State, Told]:
+        """The gradient of `_loss`, and what else the batch says."""
+        if self.objective.one_body:
+            return self._twice(trainable, *rest, differentiate=True)
+        return jax.grad(self._loss, has_aux=True)(trainable, *rest)
+
+    def _values(self, trainable: nnx.State, *rest: Any) -> Told:
+        """What a batch says, without a gradient."""
+        if self.objective.one_body:
+            return self._twice(trainable, *rest, differentiate=False)[1]
+        return self._loss(trainable, *rest)[1]
+
+    def _twice(
+        self,
+        trainable: nnx.State,
+        frozen: nnx.State,
+        reference: nnx.State | None,
+        fixed: Fixed,
+        rows: Arrays,
+        total: Float[Array, ""],
+        branches: int,
+        *,
+        differentiate: bool,
+    ) -> tuple[Any, Told]:
+        """`_gradient` and `_values` where the reference's pass is the policy's own program.
+
+        A loop of two turns over one body: the first has the reference's factors, which without an adapter are zeros,
+        and its log-probabilities are what the second one, the policy's, finds stored. Policy and reference of the same
+        factors then agree to the last bit, however the compiler fuses and however coarse a product is. Only the second
+        turn goes backwards.
+        """
+        others = jax.tree.map(jnp.zeros_like, trainable) if reference is None else reference
+        policy: QwenVL = nnx.merge(self.graph, trainable, frozen)
+        wrap = block_wrapper(self.objective.remat, self.mesh)
+        features = image_features(policy, rows, wrap, self.kernel)  # of a frozen tower, the same in both turns
+        seen = rows if features is None else rows | {"features": features}
+
+        def turn(stored: Float[Array, "B K"], own: Bool[Array, ""]) -> tuple[Any, Told]:
+            factors = jax.tree.map(lambda a, b: jnp.where(own, a, b), trainable, others)
+
+            def loss(factors: nnx.State) -> tuple[Float[Array, ""], Told]:
+                return self._loss(factors, frozen, None, fixed, seen | {STORED[False]: stored}, total, branches)
+
+            if not differentiate:
+                return None, loss(factors)[1]
+            value, back, told = jax.vjp(loss, factors, has_aux=True)
+            zeros = jax.tree.map(jnp.zeros_like, factors)
+            return jax.lax.cond(own, lambda: back(jnp.ones_like(value))[0], lambda: zeros), told
+
+        nothing = jnp.zeros((rows["tokens"].shape[0], branches), jnp.float32)
+        shapes = jax.eval_shape(turn, nothing, jnp.bool_(False))
+        start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        turns = jnp.array([False, True])
+        return jax.lax.scan(lambda done, own: (turn(done[1].logps, own), None), start, turns)[0]
+
     def _loss(
         self,
         trainable: nnx.State,
@@ -201,8 +265,8 @@ class Step:
         rows: Arrays,
         total: Float[Array, ""],
         branches: int,
-    ) -> tuple[Float[Array, ""], tuple[Metrics, dict[str, Float[Array, "P"]]]]:
-        """This batch's share of the step's loss; sums over its pairs of what is reported; what memories take up.
+    ) -> tuple[Float[Array, ""], Told]:
+        """This batch's share of the step's loss, and what else it says.
 
         The images are encoded once; the reference sees the same features unless the tower itself is trained.
         """
@@ -217,9 +281,10 @@ class Step:
             kernel=self.kernel,
             frozen_head=not self.head_trained,
         )
+        own = jax.lax.stop_gradient(found.logps[POLICY])
         if self.objective.reference is None:
             loss = -found.logps[POLICY].sum() / total  # cross-entropy, the mean over labelled tokens
-            return loss, ({"loss": loss, "mean_token_accuracy": found.greedy.sum()}, {})
+            return loss, Told({"loss": loss, "mean_token_accuracy": found.greedy.sum()}, {}, own)
 
         tokens = branch_sums(jnp.ones(rows["labels"].shape), rows["label_branches"], branches)
         pairs = make_pairs(found.logps[POLICY], found.logps[REFERENCE], tokens, rows["pairs"])
@@ -259,4 +324,4 @@ class Step:
             "logps/rejected": add(pairs.policy_rejected),
             **reported,
         }
-        return loss, (sums, records)
+        return loss, Told(sums, records, own)

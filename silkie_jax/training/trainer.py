@@ -21,11 +21,13 @@ from silkie_jax.errors import UserError
 from silkie_jax.hardware.distributed import together
 from silkie_jax.hardware.kernel import attention_kernel
 from silkie_jax.hardware.mesh import batch_sharding, put, replicated, sharding_of
+from silkie_jax.hardware.products import check_compute
 from silkie_jax.models.qwen_vl.config import IMAGE_TOKENS, QwenVLConfig
 from silkie_jax.models.qwen_vl.model import PARTS, QwenVL
 from silkie_jax.models.qwen_vl.names import leaves
 from silkie_jax.models.qwen_vl.null_image import keep_null
 from silkie_jax.nn.lora import add_lora, linears
+from silkie_jax.nn.quantize import is_code
 from silkie_jax.preference.batches import Batch
 from silkie_jax.preference.grid import Shape
 from silkie_jax.preference.passes import STORED
@@ -56,6 +58,7 @@ class Program:
         steps: int,
         policy: QwenVL | None = None,
     ):
+        check_compute(config.compute, mesh)
         self.config, self.model_config, self.mesh, self.steps = config, model_config, mesh, steps
         o = config.optimizer
         self.schedule = make_schedule(o.schedule, o.learning_rate, steps, o.warmup_ratio or 0.0)
@@ -77,7 +80,8 @@ class Program:
         self._optimizer_where = optax.tree_utils.tree_map_params(
             self.optimizer, lambda _, s: s, shapes, where, transform_non_params=lambda _: replicated(mesh)
         )
-        objective = Objective(config.loss, config.loss_options, config.reference, config.remat, steps)
+        one_body = config.compute is not None and config.reference in ("adapter_off", "copy")
+        objective = Objective(config.loss, config.loss_options, config.reference, config.remat, steps, one_body)
         self._memory_where = jax.tree.map(lambda _: replicated(mesh), jax.eval_shape(objective.start_memory))
         self.shapes = State(
             trainable,
@@ -253,7 +257,7 @@ def load_policy(config: TrainConfig, mesh: Mesh) -> QwenVL:
             sharding_of=partial(sharding_of, mesh),
             param_dtype=kept_dtype(config),
             parts=parts_of(config),
-            quantize=config.quantize,
+            quantize=config.codes,
         )
     if config.lora and not config.adapter:
         _draw_lora(model, config)
@@ -279,8 +283,8 @@ def blank_policy(config: TrainConfig, model_config: QwenVLConfig) -> QwenVL:
     def make() -> QwenVL:
         dtype = jnp.dtype(config.dtype)
         model = QwenVL(model_config, dtype=dtype, parts=parts_of(config), rngs=nnx.Rngs(0))
-        if config.quantize:
-            model.quantize()
+        if config.codes:
+            model.quantize(config.codes)
         if config.features == "precomputed":
             for null in config.encoded_null_images:
                 keep_null(model, null, jnp.zeros((null.draws, IMAGE_TOKENS, model_config.visual.output_dim), dtype))
@@ -307,7 +311,7 @@ def _cast_and_place(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 def _kept_as(x: Any, dtype: jnp.dtype) -> jnp.dtype:
     """Codes stay codes."""
-    return dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
+    return x.dtype if is_code(x.dtype) else dtype
 
 
 def _with_sharding(x: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:

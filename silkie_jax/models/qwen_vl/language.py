@@ -195,14 +195,16 @@ class Decoder(nnx.Module):
             return self.wte[...].astype(dtype)[tokens]
         return decode(self.wte[...][tokens], self.wte_scale[...][tokens], dtype)
 
-    def quantize(self) -> None:
-        """Keeps the weights of the layers and the embeddings as codes.
+    def quantize(self, method: str = "int8") -> None:
+        """Keeps the weights of the layers as codes, with int8 the embeddings, too.
 
         Norms, biases and the head stay what they are: the first two are small, and the head would be decoded as a whole
-        on a GPU, so that nothing were gained.
+        on a GPU, so that nothing were gained. Embeddings are multiplied with nothing: fp8 would save no time there.
         """
         for _, linear in linears(self.layers):
-            linear.quantize()
+            linear.quantize(method)
+        if method != "int8":
+            return
         codes, scale = encode_array(self.wte[...])
         self.wte, self.wte_scale = nnx.Param(codes, axes=self.wte.axes), nnx.Param(scale, axes=self.wte.axes[:-1])
 

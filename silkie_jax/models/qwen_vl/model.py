@@ -49,11 +49,14 @@ class QwenVL(nnx.Module):
         self.language: Decoder = nnx.data(decoder)
         self.nulls = nnx.Dict({})  # stored features of images that show nothing, without a tower (null_image.py)
 
-    def quantize(self) -> None:
-        """Keeps the large weights of decoder and tower in 8 bits, in place; adapters are trained as before."""
+    def quantize(self, method: str = "int8") -> None:
+        """Keeps the large weights of decoder and tower in 8 bits, in place; adapters are trained as before.
+
+        `method` is one of nn/quantize.py: METHODS. With fp8 the products with these weights are in 8 bits, too.
+        """
         for part in (self.visual, self.language):
             if part is not None:
-                part.quantize()
+                part.quantize(method)
 
     def __call__(
         self,

@@ -123,7 +123,7 @@ def abstract_model(
     def make() -> QwenVL:
         model = QwenVL(config, rngs=nnx.Rngs(0), parts=parts, **types)
         if quantize:
-            model.quantize()
+            model.quantize(quantize)
         return model
 
     return nnx.eval_shape(make)

@@ -140,10 +140,10 @@ class VisionTower(nnx.Module):
         self.ln_post = LayerNorm(dim, dtype)
         self.proj = nnx.Param(init(rngs.params(), (dim, dim), dtype), axes=("embed", "heads"))
 
-    def quantize(self) -> None:
+    def quantize(self, method: str = "int8") -> None:
         """Keeps the weights of the layers as codes (nn/quantize.py); the resampler, a ninth of the tower, stays."""
         for _, linear in linears(self.layers):
-            linear.quantize()
+            linear.quantize(method)
 
     def __call__(
         self,
