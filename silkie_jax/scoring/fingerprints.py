@@ -93,7 +93,7 @@ def _line(name: str, array: Array, dtype: jnp.dtype | None = None) -> bytes:
     return f"{name} {array.shape} {[int(x) for x in sums]}\n".encode()
 
 
-def _checksums(xp: ModuleType, x: Array, dtype: jnp.dtype) -> tuple[UInt[Array, ""], UInt[Array, ""]]:
+def _checksums(xp: ModuleType, x: Array | np.ndarray, dtype: jnp.dtype) -> tuple[UInt[Array, ""], UInt[Array, ""]]:
     """Sums, modulo 2^32, of every element's bits mixed with its place; `xp` is NumPy or jax.numpy."""
     bits = x.astype(dtype).view({1: xp.uint8, 2: xp.uint16, 4: xp.uint32}[dtype.itemsize])
     place = xp.arange(x.size, dtype=xp.uint32).reshape(x.shape)
