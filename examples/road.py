@@ -93,6 +93,7 @@ def use_two_cores(folder: Path) -> None:
     """Has the commands take CORES devices and keep what they compile in the folder, unless the environment says
     otherwise."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((folder / "compiled").resolve()))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # the small ones, too, by dozens
     os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={CORES}")
 
 
