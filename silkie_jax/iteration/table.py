@@ -34,7 +34,7 @@ _COLUMNS = {
 def measured(of: Round, train: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of a round that is done; those that were counted before are read again.
 
-    instructions, pairs: of its corpus, under the training's rule; ties: instructions with ratings and no pair.
+    instructions, pairs: of its corpus, under its training's rule; ties: instructions with ratings and no pair.
     agreement: how often two judges, or two orders of the one judge there is, order two responses alike.
     chosen, rejected, accuracy: rewards as training logged them last. Lengths are mean characters.
     warning: where chosen and rejected differ in length by more than chance.
@@ -43,7 +43,7 @@ def measured(of: Round, train: Mapping[str, Any]) -> dict[str, Any]:
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     corpus = CorpusReader(of.corpus)
-    rule = train.get("pair_rule") or ("mean_rating" if corpus.aspects else "given")
+    rule = {**train, **json.loads(of.changes)}.get("pair_rule") or ("mean_rating" if corpus.aspects else "given")
     found: dict[str, Any] = {"round": of.number, "instructions": len(corpus), "pairs": 0, "ties": 0}
     lengths: list[tuple[int, int]] = []
     differences: list[np.ndarray] = []

@@ -14,9 +14,10 @@ from silkie_jax.iteration import driver
 from silkie_jax.iteration.config import load_iterate, taken
 from silkie_jax.iteration.driver import iterate
 from silkie_jax.iteration.plan import Files, has_instructions, has_ratings, has_responses, make_plan
-from silkie_jax.iteration.table import agreements, table
+from silkie_jax.iteration.table import agreements, measured, table
 from tests.data_prep.rated import settle
 from tests.data_prep.runs import make_run
+from tests.training.support import record, write_corpus
 
 POOL = {"models_per_instruction": 1, "models": {"own": {"local": "policy", "samples": 2}}}
 IMPLICIT = {"kind": "implicit", "policy": {"local": "policy"}, "start": {"local": "start"}}
@@ -263,6 +264,15 @@ def test_agreement_is_of_judges_or_of_one_judges_orders():
     assert judged(("a", [1, 2, 3])) == []
     assert judged(("a", [1, 2, 3]), ("a", [1, 3, 2])) == [True, True, False]
     assert judged(("a", [1, 2, 2]), ("b", [3, 1, None])) == [False]
+
+
+def test_a_round_is_counted_by_its_own_rule(made, tmp_path):
+    seed = write_corpus(tmp_path / "seed", [record(number) for number in range(3)])
+    first = {"corpus": str(seed), "train": {"pair_rule": "mean_rating"}}
+    train = {"pair_rule": "best_vs_worst"}
+    begin = plan_of(made(first=first, train=train))[0]
+    begin.folder.mkdir(parents=True)
+    assert measured(begin, train)["pairs"] == 3 * 6
 
 
 def test_the_table():
