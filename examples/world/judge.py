@@ -3,6 +3,10 @@
 What it rates is what VLFeedback's aspects ask (arXiv 2312.10665, section 2.3): how much of what was asked a text tells
 (helpfulness), how much of what it tells is so (visual faithfulness), and whether it could hurt (ethical considerations;
 nothing here does, so that ratings differ by whim alone).
+
+Asked for five attributes (arXiv 2402.10884) or for a verdict (SIMA, arXiv 2405.15973) instead, it has the same two
+merits, noise and biases. A verdict counts what is so twice, since its rubric ranks an invented object below one that is
+left out, and goes to the text that it reads first where both come out equal.
 """
 
 import json
@@ -38,7 +42,7 @@ class Temper:
 
 @dataclass(frozen=True)
 class Rating:
-    """One text's ratings by aspect, whole numbers from 1 to 5, and the reason for them."""
+    """One text's ratings by aspect, whole numbers, and the reason for them."""
 
     points: dict[str, int]
     reason: str
@@ -47,7 +51,7 @@ class Rating:
 def rate(
     scene: Scene, asked: Question, texts: Sequence[str], lots: random.Random, temper: Temper | None = None
 ) -> list[Rating]:
-    """Rates the texts that answer a question, in order."""
+    """Rates the texts that answer a question, in order, by VLFeedback's aspects from 1 to 5."""
     temper = temper or Temper()
     lengths = [len(text.split()) for text in texts]
     ratings = []
@@ -58,6 +62,36 @@ def rate(
         points = {HELP: helpful, ETHICS: 5.0 - (lots.random() < 0.25), FAITH: faithful}
         ratings.append(Rating({aspect: _whole(value, lots, temper.noise) for aspect, value in points.items()}, reason))
     return ratings
+
+
+def attributes(
+    scene: Scene, asked: Question, texts: Sequence[str], lots: random.Random, temper: Temper | None = None
+) -> list[Rating]:
+    """Rates the texts that answer a question by the five attributes, from 0 to 4: helpfulness and correctness as `rate`
+    has helpfulness and faithfulness, coherence by whim, complexity and verbosity by length."""
+    rated = rate(scene, asked, texts, lots, temper)
+    found = []
+    for text, rating in zip(texts, rated, strict=True):
+        words = len(text.split())
+        points = {
+            "Helpfulness": rating.points[HELP] - 1,
+            "Correctness": rating.points[FAITH] - 1,
+            "Coherence": rating.points[ETHICS] - 1,
+            "Complexity": min(2, words // 12),
+            "Verbosity": min(4, words // 12),
+        }
+        found.append(Rating(points, rating.reason))
+    return found
+
+
+def verdict(
+    scene: Scene, asked: Question, texts: Sequence[str], lots: random.Random, temper: Temper | None = None
+) -> tuple[int, str]:
+    """The index of the text that is preferred, and why."""
+    rated = rate(scene, asked, texts, lots, temper)
+    sums = [one.points[HELP] + 2 * one.points[FAITH] for one in rated]
+    reasons = " ".join(f"Text {n}: {one.reason}" for n, one in enumerate(rated, 1))
+    return sums.index(max(sums)), reasons
 
 
 def merits(scene: Scene, asked: Question, text: str) -> tuple[float, float, str]:
@@ -104,9 +138,14 @@ def reply(scene: Scene, request: dict[str, Any], words: str, lots: random.Random
         lots: what noise is drawn from.
         temper: noise and biases.
     """
-    asked = questions.read(scene, re.findall(r"<instruction>\n(.*?)\n</instruction>", words, re.DOTALL)[-1])
-    texts = re.findall(r"<text \d+>\n(.*?)\n</text \d+>", words, re.DOTALL)
-    ratings = rate(scene, asked, texts, lots, temper)
+    material = words.partition("\n# Material\n")[2]  # solved examples may come before it
+    asked = questions.read(scene, re.findall(r"<instruction>\n(.*?)\n</instruction>", material, re.DOTALL)[-1])
+    texts = re.findall(r"<text \d+>\n(.*?)\n</text \d+>", material, re.DOTALL)
+    if "[[N]]" in words:
+        best, why = verdict(scene, asked, texts, lots, temper)
+        return f"{why} The best text is [[{best + 1}]]."
+    rater = attributes if re.search(r"^## Correctness$", words, re.MULTILINE) else rate
+    ratings = rater(scene, asked, texts, lots, temper)
     schema = request.get("response_format", {}).get("json_schema", {}).get("schema")
     if schema:
         return json.dumps(

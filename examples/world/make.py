@@ -6,7 +6,8 @@ writes plain files, the same for the same arguments:
 
     scenes.jsonl              what every picture shows; the pool and the judge answer from it
     images/                   JPEG and PNG
-    instructions.jsonl        {id, image, prompt}, for `silkie corpus instructions DIR/instructions.jsonl RUN`
+    instructions.jsonl        {id, image, prompt}, for `silkie corpus instructions DIR/instructions.jsonl RUN`;
+                              with --answers the true answer, too, for judges that are shown it
     evaluation/               of other scenes, none of whose contents occur above:
       scenes.jsonl
       pope/                   coco_pope_{random,popular,adversarial}.json and images/
@@ -41,7 +42,13 @@ DESCRIPTIONS = 0.6
 
 
 def make_world(
-    folder: Path, count: int, seed: int = 0, held_out: int = 100, split: str = "test", each: int = 1
+    folder: Path,
+    count: int,
+    seed: int = 0,
+    held_out: int = 100,
+    split: str = "test",
+    each: int = 1,
+    answers: bool = False,
 ) -> Path:
     """Write everything under `folder` and return it.
 
@@ -52,6 +59,7 @@ def make_world(
         held_out: scenes of the evaluation data.
         split: which of the held-out splits they belong to: "tune" to choose settings by, "test" to report.
         each: instructions about each scene, no two of which are alike.
+        answers: whether the true answer stands beside each.
 
     Raises:
         ValueError: `split` is no held-out split.
@@ -71,7 +79,8 @@ def make_world(
     lines = []
     for name, scene in shown.items():
         for number, text in enumerate(_instructions(scene, rng, each)):
-            lines.append({"id": f"{Path(name).stem}-{number}", "image": f"images/{name}", "prompt": text})
+            line = {"id": f"{Path(name).stem}-{number}", "image": f"images/{name}", "prompt": text}
+            lines.append(line | ({"answer": questions.read(scene, text).answer} if answers else {}))
     _write_lines(folder / "instructions.jsonl", lines)
 
     rng = random.Random(f"{seed} {split} evaluation")
@@ -184,9 +193,12 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=100, metavar="N", help="scenes of the evaluation data")
     parser.add_argument("--split", default="test", choices=[name for name in SPLITS if name != "train"])
     parser.add_argument("--each", type=int, default=1, metavar="N", help="instructions about each scene")
+    parser.add_argument("--answers", action="store_true", help="with the true answer to each instruction")
     args = parser.parse_args()
     try:
-        made = make_world(args.folder, args.scenes, args.seed, args.held_out, args.split, args.each)
+        made = make_world(
+            args.folder, args.scenes, args.seed, args.held_out, args.split, args.each, answers=args.answers
+        )
     except FileExistsError as error:
         parser.exit(1, f"{error}\n")
     print(f"{made}: {args.scenes} scenes to ask about, {args.held_out} held out")

@@ -1,4 +1,5 @@
-"""A real HTTP server on 127.0.0.1 that speaks OpenAI's API (chat, files, batches); a function says what models reply.
+"""A real HTTP server on 127.0.0.1 that speaks OpenAI's API (chat, files, batches), and `/v1/similarity` as a server of
+CLIP does (data_prep/clip_server.py); functions say what models reply.
 
 The pool of the small world (pool.py) and the tests of clients stand on it. What is replied depends on the request
 alone, so that runs can be compared byte by byte. Faults meet a share of the requests, chosen by a hash of the request,
@@ -43,6 +44,7 @@ class Script:
         polls: looks at a batch before it is completed.
         most_lines: of a batch file.
         reply: request -> what the model says.
+        similarity: request -> 100 times the cosine of its picture and each of its texts; None: there is no such path.
     """
 
     faults: dict[str, float] = field(default_factory=dict)
@@ -58,6 +60,7 @@ class Script:
     polls: int = 1
     most_lines: int = 50_000
     reply: Callable[[dict[str, Any]], str] = lambda request: "I have nothing to say."
+    similarity: Callable[[dict[str, Any]], list[float]] | None = None
 
 
 @dataclass
@@ -175,6 +178,8 @@ class Server:
         match method, path.strip("/").split("/"):
             case "POST", ["chat", "completions"]:
                 return await self._chat(body)
+            case "POST", ["similarity"] if self.script.similarity is not None:
+                return self._compare(json.loads(body), self.script.similarity)
             case "POST", ["files"]:
                 return self._upload(headers, body)
             case "GET", ["files", id, "content"] if id in self.files:
@@ -268,6 +273,16 @@ class Server:
             "x-ratelimit-remaining-requests": str(max(remaining, -1)),
             "x-ratelimit-reset-requests": f"{math.ceil(reset * 1000)}ms",
         }
+
+    # Likeness
+
+    def _compare(self, request, similarity):
+        try:
+            values = similarity(request)
+        except Declined as why:
+            return error(why.status, why.message, why.code)
+        data = [{"index": index, "similarity": value} for index, value in enumerate(values)]
+        return 200, {"object": "list", "data": data, "model": request["model"], "usage": {"total_tokens": 0}}, {}
 
     # Files and batches
 
@@ -395,10 +410,15 @@ def read(request: dict) -> tuple[str, list[str]]:
             if part["type"] == "text":
                 texts.append(part["text"])
             else:
-                kind, _, data = part["image_url"]["url"].partition(",")
-                assert kind.startswith("data:image/"), kind
-                images.append(digest(base64.b64decode(data)))
+                images.append(picture(part["image_url"]["url"]))
     return "\n".join(texts), images
+
+
+def picture(url: str) -> str:
+    """The SHA-256 of an image's file, from its data URL."""
+    kind, _, data = url.partition(",")
+    assert kind.startswith("data:image/"), kind
+    return digest(base64.b64decode(data))
 
 
 def digest(data: bytes) -> str:
