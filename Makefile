@@ -2,7 +2,7 @@
 # A stamp in .venv says what is installed; changing pyproject.toml or constraints.txt installs again.
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-quickstart test-hosts test-torch test-compile lint format clean
+.PHONY: help quickstart systems test test-quickstart test-hosts test-torch test-compile lint format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,11 +22,14 @@ help:  ## show this list
 quickstart: $(VENV)/.installed-data,evaluation  ## preference distillation from end to end, minutes on two cores; QUICKSTART=--fast in small
 	$(BIN)/python -m examples.quickstart $(QUICKSTART)
 
+systems: $(VENV)/.installed-data,evaluation,serve  ## the related systems beside the quickstart, and a table of all; SYSTEMS=--fast in small
+	$(BIN)/python -m examples.systems $(SYSTEMS)
+
 test: $(VENV)/.installed-dev  ## the test suite; TEST="PATH -k WORD" for some of it
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TEST)
 
-test-quickstart: $(VENV)/.installed-dev  ## the quickstart in small, killed again and again
-	$(BIN)/python -m pytest -m quickstart tests/examples/test_quickstart.py
+test-quickstart: $(VENV)/.installed-dev  ## the quickstart in small, killed again and again, and the related systems
+	$(BIN)/python -m pytest -m quickstart tests/examples
 
 test-hosts: $(VENV)/.installed-dev  ## the tests of several processes; wants four quiet cores
 	$(BIN)/python -m pytest -m hosts tests/training/test_hosts.py
