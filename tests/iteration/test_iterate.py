@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,16 +32,19 @@ TRAIN = {
     "checkpoint_every": 1,
     "log_every": 1,
 }
-# Before which command, after how many seconds of it.
+KILLED = Path(__file__).parent / "killed"
+"""On the PYTHONPATH of what is to be killed: see `sitecustomize.py` there."""
 KILLS = (
-    ("take", 0.0),
-    ("respond", 1.5),
-    ("respond", 4.0),
-    ("rate", 3.0),
-    ("build", 2.0),
-    ("train", 6.0),
-    ("train", 14.0),
-)
+    *(("round-01", *moment) for moment in (
+        ("iterate", 2), ("take", 1), ("take", 4), ("respond", 1), ("respond", 3), ("respond", 2), ("rate", 1),
+        ("rate", 2), ("build", 1), ("build", 5), ("train", 2), ("train", 12),
+    )),
+    *(("round-02", *moment) for moment in (
+        ("take", 2), ("respond", 3), ("respond", 1), ("rate", 2), ("build", 3), ("train", 1), ("train", 6),
+        ("train", 20),
+    )),
+)  # fmt: skip
+"""Round, command, and at its how manieth reply (respond, rate) or change of a file it is killed."""
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +94,28 @@ def results(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in [*files, root / "table.md"]}
 
 
+class Killer:
+    """In the place of what the server says: the same, but where a reply is the one, the asking processes are killed."""
+
+    def __init__(self, reply):
+        self.reply, self.left, self.kill = reply, 0, None
+
+    def __call__(self, request):
+        said = self.reply(request)
+        if self.left and ("<text 1>" in json.dumps(request)) == self.rating:
+            self.left -= 1
+            if not self.left:
+                self.kill()
+        return said
+
+
 @pytest.mark.slow
-def test_killed_at_many_moments_two_rounds_end_with_the_same_bytes(tmp_path, tiny, environment):
+def test_killed_at_twenty_moments_two_rounds_end_with_the_same_bytes(tmp_path, tiny, environment):
     """Whole groups of processes are killed, as a machine that goes down does, and once the driver alone."""
     make_run(tmp_path / "prompts", 8)
-    with Server(Script(delay=0.5)) as server:  # so slow that each command lasts until it is killed
+    script = Script(delay=0.1)
+    killer = script.reply = Killer(script.reply)
+    with Server(script) as server:
         write_pool(tmp_path / "pool", server.url, ("a", "b"), {"models_per_instruction": 2}, concurrency=1, timeout=30)
         judge = write_judge(tmp_path / "judge.yaml", server.url, concurrency=1, timeout=30)
         config = write_config(tmp_path, tiny, judge, rounds=2, take=4)
@@ -104,26 +124,29 @@ def test_killed_at_many_moments_two_rounds_end_with_the_same_bytes(tmp_path, tin
         assert set(undisturbed.values()) == {1}
         server.forget()
 
-        root, moments = tmp_path / "root", list(KILLS)
-        while moments:
-            process = start(config, root, environment)
-            assert process.stdout is not None
-            for line in process.stdout:
-                if moments and line.startswith("== ") and line.strip().endswith(f", {moments[0][0]}"):
-                    stage, seconds = moments.pop(0)
-                    time.sleep(seconds)
-                    if (stage, seconds) == ("respond", 1.5):  # its command goes on for a while, and holds the lock
-                        process.kill()
-                        process.wait()
-                        other = start(config, root, environment, "--plan")
-                        _, said = other.communicate()
-                        assert other.returncode == 0 or "or a command that it left, is working on" in said
-                    break
+        root = tmp_path / "root"
+        assert len(KILLS) == 20
+        for number, (part, word, nth) in enumerate(KILLS):
+            watched = environment | {"PYTHONPATH": f"{KILLED}{os.pathsep}{environment.get('PYTHONPATH', '')}"}
+            if word in ("respond", "rate"):
+                killer.left, killer.rating = nth, word == "rate"
             else:
-                pytest.fail(f"the rounds were done before {moments[0]}")
-            with contextlib.suppress(ProcessLookupError):  # the driver is dead, and what it left has ended
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+                watched["KILL_AT"] = json.dumps({"word": word, "path": part, "nth": nth})
+            process = start(config, root, watched)
+            alone = (part, word, nth) == ("round-02", "respond", 1)
+            killer.kill = process.kill if alone else partial(os.killpg, process.pid, signal.SIGKILL)
+            if alone:  # its command goes on for a while, and holds the lock
+                process.wait()
+                other = start(config, root, environment, "--plan")
+                _, said = other.communicate()
+                assert other.returncode == 0 or "or a command that it left, is working on" in said
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            said, _ = process.communicate()
+            assert process.returncode == -signal.SIGKILL, f"{number}: the rounds were done before {part}, {word}"
+            if word != "iterate":
+                last = said.rpartition("== ")[2]
+                assert last.startswith(f"{part.replace('-0', ' ')}, {word}"), f"{number}: {said}"
         finish(config, root, environment)
         paid = server.paid()
 
