@@ -102,7 +102,7 @@ def table(given: Path, rounds: int) -> str:
         for decoding, benchmark, figure, _ in FIGURES:
             now, then = measured[decoding].measured[benchmark], before[decoding].measured[benchmark]
             cell = shown(now, figure)
-            if row is not found[0]:
+            if row is not found[0] and "–" not in cell:  # who names nothing has no share of what is not there
                 cell += f" ({change(then, now, figure).partition(' (')[2]}"
             cells.append(cell)
         minutes = sum(seconds(folder, stage) for folder, stage in row.stages) / 60
