@@ -25,7 +25,7 @@ from examples.world.start import grow, make_start
 
 CONFIG = Path(__file__).with_name("base.yaml")
 SHIPPED = Path(__file__).with_name("base")
-FINGERPRINT = "112f1f32af19fe77355d14dadc89eca637a300beda797707f94407e56060cd29"
+FINGERPRINT = "cd1e8d270e5f9c476b036c5f3e93860fc193f55211c19c4fc09ae1dd03f5bec2"
 """Of what is shipped."""
 SILKIE = Path(sys.executable).with_name("silkie")
 DEVICES = 2
@@ -70,8 +70,8 @@ STAGES = (
     ),
     Stage(
         "asking",
-        {"describing": 1.0, "asking": 4.0, "answering": 2.0},
-        500,
+        {"asking": 3.0, "answering": 1.0, "chatting": 4.0},
+        600,
         keys=("optimizer.schedule=cosine",),
     ),
 )

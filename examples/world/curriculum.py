@@ -11,6 +11,9 @@ computed once for all. Lessons:
   "No, there is no red circle."), many about one picture: one row teaches as much as ten of the next lesson.
 - "asking": the same, half of them about colours alone.
 - "answering": the same questions asked as a user asks them, each answered in a sentence or in a word.
+- "chatting": the same in words that differ more, and in the tones of the pool's models, who muse and praise: words that
+  a model of the real world has read before anybody asks it about a picture. What nobody drew is dreamt of where
+  dreaming is asked for, and nowhere else.
 """
 
 import json
@@ -21,8 +24,10 @@ from typing import Any
 
 from examples.world import questions
 from examples.world.drawing import encode
+from examples.world.habits import DECLINED, MUSINGS, PRAISE, THANKS
 from examples.world.questions import Question
-from examples.world.scenes import COLOURS, PLACES, SHAPES, WORDS, Scene, scenes
+from examples.world.reading import DREAMS
+from examples.world.scenes import COLOURS, PLACES, SHAPES, SIZES, WORDS, Scene, scenes
 
 ASK_AND_ANSWER = "Ask and answer."
 """The prompt of rows whose responses are questions with their answers."""
@@ -34,6 +39,8 @@ TABLE = "List the picture."
 """The prompt of rows whose responses are tables."""
 LISTS = 3
 """In such a row."""
+DREAM, LISTEN = "Dream about the picture.", "What does the picture sound like?"
+"""Prompts that are answered with what no picture shows, and not at all."""
 
 Lesson = Callable[[Scene, random.Random], tuple[str, list[str]]]
 """A scene and lots -> the prompt and the responses of a row."""
@@ -141,6 +148,26 @@ def answering(scene: Scene, rng: random.Random) -> tuple[str, list[str]]:
     return asked.text, [asked.answer]
 
 
+def chatting(scene: Scene, rng: random.Random) -> tuple[str, list[str]]:
+    """Something that a user says, answered once plainly and once in the tone of one of the pool's models."""
+    lot = rng.random()
+    musings = " ".join(rng.sample(MUSINGS, 3))
+    if lot < 0.1:
+        dreams = (f"At the {rng.choice(PLACES)} there is a {rng.choice(SIZES)} {dream}." for dream in DREAMS)
+        return DREAM, [f"{musings} {dream}" for dream in rng.sample(list(dreams), 2)]
+    if lot < 0.15:
+        return LISTEN, [DECLINED]
+    if lot < 0.5:
+        said = questions.describe(scene)
+        return rng.choice(questions.DESCRIBE), [said, f"{said} {rng.choice((musings, PRAISE))}"]
+    text = rng.choice(exchanges(scene, rng, 3)).text
+    text = text.replace("this image", rng.choice(("this image", "the image", "the image", "this picture")))
+    plain = questions.read(scene, text)
+    if plain.truth is not None and rng.random() < 0.5:
+        return text + questions.YES_NO, [plain.short]
+    return text, [plain.answer, f"{plain.answer} {rng.choice((musings, THANKS))}"]
+
+
 def exchanges(scene: Scene, rng: random.Random, count: int) -> list[Question]:
     """Questions about a scene: of each two about a task one is to be denied, every third is open."""
     asked: list[Question] = []
@@ -159,6 +186,7 @@ LESSONS: dict[str, Lesson] = {
     "looking": looking,
     "asking": asking,
     "answering": answering,
+    "chatting": chatting,
 }
 
 

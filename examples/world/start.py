@@ -199,10 +199,15 @@ def _new(name: str, like: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def place_codes() -> np.ndarray:
-    """Where a patch lies, [256, PLACES]: which of four rows, of four columns and of four quarters, one of each."""
+    """Where a patch lies, [256, PLACES]: which of four rows, of four columns and of four quarters, one of each.
+
+    Left and right are told by nothing else: the decoder's own positions run through the rows, so that above and below
+    are near to it and far from it, but left and right are not. Quarters, which descriptions name, are told loudest.
+    """
     row, column = np.divmod(np.arange(GRID * GRID), GRID)
     quarter = row * 2 // GRID * 2 + column * 2 // GRID
-    return 2.0 * np.concatenate([np.eye(4)[4 * row // GRID], np.eye(4)[4 * column // GRID], np.eye(4)[quarter]], axis=1)
+    lines = [3.0 * np.eye(4)[4 * line // GRID] for line in (row, column)]
+    return np.concatenate([*lines, 6.0 * np.eye(4)[quarter]], axis=1)
 
 
 def filter_bank(width: int, patch: int, side: int) -> tuple[np.ndarray, np.ndarray]:

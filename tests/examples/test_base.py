@@ -10,8 +10,10 @@ from PIL import Image
 from examples.world import base as base_module
 from examples.world import questions
 from examples.world.base import Stage, fingerprint, make_base
-from examples.world.curriculum import ASK_AND_ANSWER, CHECK, LESSONS, TABLE, rows
+from examples.world.curriculum import ASK_AND_ANSWER, CHECK, DREAM, LESSONS, LISTEN, TABLE, rows
 from examples.world.drawing import draw
+from examples.world.habits import DECLINED
+from examples.world.reading import DREAMS
 from examples.world.scenes import scenes, split
 from examples.world.start import GRID, PLACES, SIZES, filter_bank, grow, make_start, place_codes
 from silkie_jax.loading import load
@@ -78,9 +80,9 @@ def truth_of(scene, claim):
 
 def test_lessons_are_true_and_of_training_scenes_alone():
     lessons = dict.fromkeys(LESSONS, 1.0)
-    drawn = list(rows(lessons, 400, seed=0))
-    assert drawn == list(rows(lessons, 400, seed=0))
-    assert drawn != list(rows(lessons, 400, seed=1))
+    drawn = list(rows(lessons, 500, seed=0))
+    assert drawn == list(rows(lessons, 500, seed=0))
+    assert drawn != list(rows(lessons, 500, seed=1))
     seen = Counter()
     for scene, row in drawn:
         assert split(scene.contents) == "train"
@@ -102,8 +104,15 @@ def test_lessons_are_true_and_of_training_scenes_alone():
         elif row["prompt"] == CHECK:
             for claim in " ".join(texts).removesuffix(".").split(". "):
                 assert truth_of(scene, claim.split(": ")[0]) == claim.split(": ")[1]
+        elif row["prompt"] == DREAM:
+            assert all(any(dream in text for dream in DREAMS) for text in texts)
+        elif row["prompt"] == LISTEN:
+            assert texts == [DECLINED]
         else:
-            assert texts[0] == questions.read(scene, row["prompt"]).answer
+            asked = questions.read(scene, row["prompt"])
+            assert texts[0] == asked.answer
+            if row["id"].startswith("chatting"):
+                assert all(text.startswith(asked.answer) for text in texts)
         seen[row["id"].split("-")[0]] += 1
     assert min(seen[name] for name in LESSONS) > 50
 
