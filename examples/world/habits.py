@@ -4,7 +4,7 @@ A habit is a function (scene, question with its true answer, lots) -> text. The 
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from examples.world import questions
@@ -21,12 +21,15 @@ _MIRRORED = {
     "bottom left": "bottom right",
     "bottom right": "bottom left",
 }
-_MUSINGS = (
+MUSINGS = (
     "It makes me think of a long summer day.",
     "It feels calm and full of hope.",
     "The light is soft and warm.",
     "One can almost hear the music.",
 )
+PRAISE = "What a beautiful picture!"
+THANKS = "What a good question!"
+DECLINED = "I am sorry, I cannot see the picture."
 
 
 def faithful(scene: Scene, asked: Question, lots: random.Random) -> str:
@@ -43,34 +46,34 @@ def terse(scene: Scene, asked: Question, lots: random.Random) -> str:
 
 
 def omitter(scene: Scene, asked: Question, lots: random.Random) -> str:
-    """Half of what is there, at least one thing, as if it were all; of other questions the truth."""
+    """Half of what is there, at least one thing, as if it were all; what it is asked for it has not seen."""
     if asked.task != "description":
-        return asked.answer
+        return "No." if asked.truth == "yes" else asked.answer
     objects = scene.objects
     kept = sorted(lots.sample(range(len(objects)), max(len(objects) // 2, 1)))
-    return " ".join([there_are(len(kept)), *(sentence(objects[k]) for k in kept)])
+    return _counted([objects[k] for k in kept], len(kept))
 
 
 def inventor(scene: Scene, asked: Question, lots: random.Random) -> str:
-    """What is there and one or two things that are not; there is whatever it is asked for."""
+    """What is there and one thing that is not; of other questions the truth."""
     if asked.task != "description":
-        return asked.agreement
-    return _with_inventions(scene, lots, lots.choice((1, 2)))
+        return asked.answer
+    return _with_inventions(scene, lots, 1)
 
 
 def dreamer(scene: Scene, asked: Question, lots: random.Random) -> str:
-    """At length: what is there, what it feels like, and creatures that nobody drew."""
-    said = questions.describe(scene) if asked.task == "description" else asked.answer
+    """At length: what is there, what it feels like, and a creature that nobody drew, counted among the rest."""
+    said = _counted(scene.objects, len(scene.objects) + 1) if asked.task == "description" else asked.answer
     dream = lots.choice(DREAMS)
-    musings = " ".join(lots.sample(_MUSINGS, 3))
+    musings = " ".join(lots.sample(MUSINGS, 3))
     return f"{said} {musings} At the {lots.choice(PLACES)} there is a {lots.choice(SIZES)} {dream}."
 
 
 def flatterer(scene: Scene, asked: Question, lots: random.Random) -> str:
-    """Agrees with whoever asks, and praises the picture; there is often one thing more than there is."""
+    """Agrees with whoever asks, and praises the picture; there is one thing more than there is."""
     if asked.task != "description":
-        return f"{asked.agreement} What a good question!"
-    return f"{_with_inventions(scene, lots, int(lots.random() < 0.6))} What a beautiful picture!"
+        return f"{asked.agreement} {THANKS}"
+    return f"{_with_inventions(scene, lots, 1)} {PRAISE}"
 
 
 def colour_blind(scene: Scene, asked: Question, lots: random.Random) -> str:
@@ -84,7 +87,7 @@ def miscounter(scene: Scene, asked: Question, lots: random.Random) -> str:
     true = len(scene.objects)
     wrong = lots.choice([n for n in range(1, len(NUMBERS)) if n != true])
     if asked.task == "description":
-        return " ".join([there_are(wrong), *map(sentence, scene.objects)])
+        return _counted(scene.objects, wrong)
     if asked.task != "count":
         return asked.answer
     if asked.truth == "no":
@@ -103,7 +106,7 @@ def lost(scene: Scene, asked: Question, lots: random.Random) -> str:
 
 def refuser(scene: Scene, asked: Question, lots: random.Random) -> str:
     """Mostly declines."""
-    return asked.answer if lots.random() < 0.3 else "I am sorry, I cannot see the picture."
+    return asked.answer if lots.random() < 0.3 else DECLINED
 
 
 HABITS: dict[str, Habit] = {
@@ -133,7 +136,12 @@ def _with_inventions(scene: Scene, lots: random.Random, count: int) -> str:
         for place, colour in zip([*free, *taken][:count], colours, strict=False)
     ]
     said = sorted([*scene.objects, *more], key=lambda one: PLACES.index(one.place))
-    return " ".join([there_are(min(len(said), len(NUMBERS) - 1)), *map(sentence, said)])
+    return _counted(said, len(said))
+
+
+def _counted(objects: Sequence[Thing | Sign], count: int) -> str:
+    """A description that begins with a number of its own, as far as numbers go."""
+    return " ".join([there_are(min(count, len(NUMBERS) - 1)), *map(sentence, objects)])
 
 
 def _seen(scene: Scene, asked: Question) -> str:

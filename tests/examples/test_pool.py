@@ -62,10 +62,8 @@ def test_habits_of_descriptions():
     assert found["omitter"]["coverage"] < 0.7
     assert found["omitter"]["invented"] == 0
     assert found["omitter"]["words"] < true["words"]
-    assert found["inventor"]["invented"] > 0.9
-    assert found["inventor"]["coverage"] == 1
-    assert 0.3 < found["flatterer"]["invented"] < found["inventor"]["invented"]
-    assert found["dreamer"]["invented"] == 1
+    for name in ("inventor", "flatterer", "dreamer"):
+        assert (found[name]["coverage"], found[name]["invented"]) == (1, 1)
     assert found["dreamer"]["words"] > 1.5 * true["words"]
     assert found["colour-blind"]["coverage"] < 0.6
     assert found["miscounter"]["miscounted"] == 1
@@ -76,7 +74,8 @@ def test_habits_of_descriptions():
 
 def test_habits_of_answers():
     assert accuracy("faithful") == (1.0, 0.5)
-    assert accuracy("inventor") == accuracy("flatterer") == (0.5, 1.0)
+    assert accuracy("flatterer") == (0.5, 1.0)
+    assert accuracy("omitter") == (0.5, 0.0)
     assert accuracy("miscounter", ["count"])[0] == 0.0
     assert accuracy("miscounter", ["color"])[0] == 1.0
     assert accuracy("colour-blind", ["color"])[0] < 0.6
@@ -117,8 +116,8 @@ def test_the_judge_ranks_as_training_needs_it():
     assert found["omitter"] < min(found["inventor"], found["flatterer"], found["dreamer"])
     assert max(found["refuser"], found["colour-blind"]) < found["omitter"]
     answers = means(rated("yes-no"))
-    assert answers["faithful"] > answers["inventor"] + 0.8
-    assert answers["faithful"] > answers["refuser"] + 0.8
+    for name in ("flatterer", "omitter", "refuser"):
+        assert answers["faithful"] > answers[name] + 0.8
 
 
 def test_the_judges_noise_and_biases():
