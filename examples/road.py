@@ -43,7 +43,7 @@ class Road(Generic[SizesT]):
 
     def __init__(self, name: str, folder: Path, seed: int, sizes: SizesT):
         self.name, self.folder, self.seed, self.sizes = name, folder, seed, sizes
-        marker = folder / f".made-by-{name}"
+        marker = marker_of(name, folder)
         asked = {"seed": seed, **asdict(sizes), "base": fingerprint(BASE)}
         if marker.exists():
             if json.loads(marker.read_text() or "{}") != asked:
@@ -82,6 +82,11 @@ class Road(Generic[SizesT]):
         print(f"$ {shown} {shlex.join(words)}", flush=True)
         if status := subprocess.run([*program, *words]).returncode:
             sys.exit(f"{self.name}: `{shown}` ended with status {status}; the same command continues from here")
+
+
+def marker_of(name: str, folder: Path) -> Path:
+    """The file that says that a program made a folder, and what it was asked for, as JSON."""
+    return folder / f".made-by-{name}"
 
 
 def seconds(folder: Path, stage: str) -> float:

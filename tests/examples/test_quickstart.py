@@ -12,6 +12,7 @@ import pytest
 
 from examples import quickstart
 from examples.road import DONE, Road
+from examples.seeds import seeds
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ["world", "ask", "build", "sft", "reference", *quickstart.RULES]
@@ -72,6 +73,10 @@ def test_killed_at_any_stage_it_ends_with_its_table(tmp_path, compiled):
     assert all(re.search(r"[+-]\d+\.\d+ \([+-]\d+\.\d+ to [+-]\d+\.\d+\)", line) for line in lines[2:])
     for name in ("greedy.html", "sampled.html", "corpus/report.html", "silkie-small/README.md"):
         assert (folder / name).stat().st_size > 1000, name
+    beside = seeds([folder, folder]).splitlines()
+    assert [line.split("|")[1].strip() for line in beside] == [line.split("|")[1].strip() for line in lines]
+    assert beside[0].count("seed 0") == 2
+
     # Again: nothing is left to do, and the table is the same.
     again = begin(folder, compiled)
     status, said = again.wait(), said_to(folder).read_text()
