@@ -190,7 +190,7 @@ def main() -> int:
     """Take the road in the folder named on the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m examples.quickstart", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/quickstart"))
-    parser.add_argument("--seed", type=int, default=0, help="of scenes, models, judge and training")
+    parser.add_argument("--seed", type=int, default=1, help="of scenes, models, judge and training; default 1")
     parser.add_argument("--fast", action="store_true", help="the same road in small; its numbers mean nothing")
     args = parser.parse_args()
     began = time.monotonic()
