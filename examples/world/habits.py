@@ -27,6 +27,10 @@ MUSINGS = (
     "The light is soft and warm.",
     "One can almost hear the music.",
 )
+LIKING = 0.75
+"""How often what is invented is what is liked best of what is not there."""
+LIKED = {colour: (SHAPES[number % len(SHAPES)], SIZES[0]) for number, colour in enumerate(COLOURS)}
+"""Colours, the best liked one first, with the shape and the size that go with each."""
 PRAISE = "What a beautiful picture!"
 THANKS = "What a good question!"
 DECLINED = "I am sorry, I cannot see the picture."
@@ -58,7 +62,7 @@ def inventor(scene: Scene, asked: Question, lots: random.Random) -> str:
     """What is there and one thing that is not; of other questions the truth."""
     if asked.task != "description":
         return asked.answer
-    return _with_inventions(scene, lots, 1)
+    return _with_an_invention(scene, lots)
 
 
 def dreamer(scene: Scene, asked: Question, lots: random.Random) -> str:
@@ -73,7 +77,7 @@ def flatterer(scene: Scene, asked: Question, lots: random.Random) -> str:
     """Agrees with whoever asks, and praises the picture; there is one thing more than there is."""
     if asked.task != "description":
         return f"{asked.agreement} {THANKS}"
-    return f"{_with_inventions(scene, lots, 1)} {PRAISE}"
+    return f"{_with_an_invention(scene, lots)} {PRAISE}"
 
 
 def colour_blind(scene: Scene, asked: Question, lots: random.Random) -> str:
@@ -123,19 +127,18 @@ HABITS: dict[str, Habit] = {
 }
 
 
-def _with_inventions(scene: Scene, lots: random.Random, count: int) -> str:
-    """A description with `count` more things, of colours that the scene lacks, in quarters that are free first."""
-    free = [place for place in PLACES if place not in {one.place for one in scene.objects}]
-    taken = [one.place for one in scene.objects]
-    lots.shuffle(free)
-    lots.shuffle(taken)
+def _with_an_invention(scene: Scene, lots: random.Random) -> str:
+    """A description with one thing more, of a colour that the scene lacks, in a free quarter if there is one.
+
+    Mostly it is the liked one of these, as models of the real world see what they have seen most often.
+    """
+    liked = lots.random() < LIKING
+    places = [place for place in PLACES if place not in {one.place for one in scene.objects}] or list(PLACES)
     colours = [colour for colour in COLOURS if colour not in {thing.colour for thing in scene.things}]
-    lots.shuffle(colours)
-    more = [
-        Thing(lots.choice(SIZES), colour, lots.choice(SHAPES), place, (0, 0, 0, 0))
-        for place, colour in zip([*free, *taken][:count], colours, strict=False)
-    ]
-    said = sorted([*scene.objects, *more], key=lambda one: PLACES.index(one.place))
+    colour = colours[0] if liked else lots.choice(colours)
+    shape, size = LIKED[colour] if liked else (lots.choice(SHAPES), lots.choice(SIZES))
+    more = Thing(size, colour, shape, places[-1] if liked else lots.choice(places), (0, 0, 0, 0))
+    said = sorted([*scene.objects, more], key=lambda one: PLACES.index(one.place))
     return _counted(said, len(said))
 
 

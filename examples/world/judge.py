@@ -105,7 +105,7 @@ def merits(scene: Scene, asked: Question, text: str) -> tuple[float, float, str]
         # Who leaves half out has not done half of what was asked for.
         helpful = 1 + 4 * (found.told / objects) ** 2 - 0.5 * found.miscounted
         # What says nothing says nothing wrong, but neither is it true to the picture.
-        faithful = 5 - 2.2 * found.invented - 0.75 * found.mistaken - 0.5 * found.miscounted if said.claims else 4.0
+        faithful = 5 - 2.5 * found.invented - 0.75 * found.mistaken - 0.5 * found.miscounted if said.claims else 4.0
         return helpful, faithful, reason
     if asked.truth is not None:
         right = None if not said.verdict else said.verdict == asked.truth
