@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -137,6 +138,18 @@ def test_a_report_of_other_experiments_says_so(silkie, runs, tmp_path, folder):
     (tmp_path / "other" / "yesno" / "outcomes.jsonl").write_text(outcomes)
     silkie("evaluate", "report", runs[0], tmp_path / "other", "--out", tmp_path / "page.html")
     assert "Not the same experiment: prompt differ" in (tmp_path / "page.md").read_text()
+
+
+@pytest.mark.parametrize("part", [("answers", "limit", 14), ("settings", "tasks", "existence")])
+def test_a_part_of_a_benchmark_does_not_stand_beside_published_figures(silkie, runs, tmp_path, part):
+    where, key, value = part
+    shutil.copytree(runs[0] / "mme", tmp_path / "part" / "mme")
+    score = json.loads((tmp_path / "part" / "mme" / "score.json").read_text())
+    score[where][key] = value
+    (tmp_path / "part" / "mme" / "score.json").write_text(json.dumps(score))
+    for others, shown in (((), False), ((runs[1],), True)):
+        silkie("evaluate", "report", tmp_path / "part", *others, "--out", tmp_path / "page.html")
+        assert ("Silkie (paper)" in (tmp_path / "page.html").read_text()) is shown
 
 
 def test_published_figures_are_figures_of_their_benchmarks():

@@ -98,11 +98,21 @@ def _benchmark(name: str, checkpoints: Sequence[Checkpoint], known: dict[str, An
         "title": about.title,
         "headline": about.figures,
         "rows": [{"name": n, "measured": m, "figures": m.score["figures"]} for n, m in there],
-        "published": {whose: row for whose, row in known.items() if any(figure in row for figure in headline)},
+        "published": {
+            whose: row
+            for whose, row in known.items()
+            if any(figure in row for figure in headline) and not all(_is_part(measured) for _, measured in there)
+        },
         "groups": [_group(about.title, group, names, there) for group, names in groups.items()],
         "others": [figure for figure in figures if "/" not in figure and figure not in headline],
         "comparisons": [_comparison(there[0], other, headline, examples) for other in there[1:]],
     }
+
+
+def _is_part(measured: Measured) -> bool:
+    """Whether only some of a benchmark was asked, so that what others got of the whole says nothing beside it."""
+    answers: dict[str, Any] = measured.score["answers"] or {}
+    return answers.get("limit") is not None or bool(measured.score["settings"].get("tasks"))
 
 
 def _group(title: str, group: str, figures: list[str], there: Sequence[tuple[str, Measured]]) -> dict[str, Any]:
