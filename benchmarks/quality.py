@@ -4,9 +4,9 @@
         [--runs FOLDER] [--out results]
 
 QUICKSTART is a finished folder of `python -m examples.quickstart`: its model `sft` is trained on its `corpus` with the
-quickstart's recipe of DPO, as many times as there are seeds, in float32, in bfloat16, and in bfloat16 with
-`quantize: int8` and with `compute: fp8`. A seed gives the adapter, the order, and which instructions are held out; on
-those everything is measured. The yardstick is float32, and what bfloat16 is off by, everybody accepts. Shown are
+quickstart's recipe of DPO, but for its likelihood term, as many times as there are seeds, in float32, in bfloat16, and
+in bfloat16 with `quantize: int8` and with `compute: fp8`. A seed gives the adapter, the order, and which instructions
+are held out; on those everything is measured. The yardstick is float32, and what bfloat16 is off by, everybody accepts. Shown are
 
 - log-probabilities before training, of chosen and rejected responses, and of the difference of a pair;
 - margins of reward after it, with the numerics of training, and with the adapter over the original weights in
@@ -101,7 +101,7 @@ class World:
         own = [f"{key}={value}" for key, value in NUMERICS[name].items()]
         paths = [f"model={self.model}", f"corpus={self.corpus}", f"run_dir={self.runs / f'{name}-{self.seed}'}"]
         # Two devices at most, as the quickstart has: another number would take the sums in another order.
-        more = ["reference=adapter_off", "log_every=1", f"mesh.data={_devices()}"]
+        more = ["reference=adapter_off", "sft_weight=0", "log_every=1", f"mesh.data={_devices()}"]
         return load_config(RECIPE, [*paths, *self.keys, *more, *own])
 
     def scores(self, name: str, adapter: Path | None = None) -> Scores:

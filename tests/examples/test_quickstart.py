@@ -19,11 +19,6 @@ STAGES = ["world", "ask", "build", "sft", "reference", *quickstart.RULES]
 STAGES += [*(f"measure-{name}" for name in quickstart.NAMES), "report"]
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("compiled"))
-
-
 def begin(folder, compiled, *options):
     # The suite pretends to have eight devices; the quickstart makes its own.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
