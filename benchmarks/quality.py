@@ -6,7 +6,8 @@
 QUICKSTART is a finished folder of `python -m examples.quickstart`: its model `sft` is trained on its `corpus` with the
 quickstart's recipe of DPO, but for its likelihood term, as many times as there are seeds, in float32, in bfloat16, and
 in bfloat16 with `quantize: int8` and with `compute: fp8`. A seed gives the adapter, the order, and which instructions
-are held out; on those everything is measured. The yardstick is float32, and what bfloat16 is off by, everybody accepts. Shown are
+are held out; on those everything is measured. The yardstick is float32, and what bfloat16 is off by, everybody
+accepts. Shown are
 
 - log-probabilities before training, of chosen and rejected responses, and of the difference of a pair;
 - margins of reward after it, with the numerics of training, and with the adapter over the original weights in
