@@ -57,7 +57,7 @@ def test_the_critic_knows_the_better_one_and_prefers_the_first_of_equals():
     rubric = load_rubric("self_critic")
     right, first = [], []
     for number, scene in enumerate(SCENES):
-        true, false = (described(scene, habit, number) for habit in ("faithful", "dreamer"))
+        true, false = (described(scene, habit, number) for habit in ("faithful", "lost"))
         for texts, best in (((true, false), 0), ((false, true), 1)):
             prompt = rubric.prompt(DESCRIBE, texts, reference=true)
             reply = parse(judge.reply(scene, {}, prompt, lots(number, best)), rubric, texts=2)
