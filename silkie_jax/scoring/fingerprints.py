@@ -7,7 +7,6 @@ apart; it is no defence against somebody who forges one.
 import hashlib
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -78,6 +77,7 @@ def adapter_fingerprint(model: QwenVL) -> str | None:
     return digest.hexdigest() if adapted else None
 
 
+Numbers = Array | np.ndarray
 SMALL = 2**22
 """Bytes up to which an array's checksum is made on the host: each shape would be a program of its own to compile."""
 
@@ -87,22 +87,26 @@ def _line(name: str, array: Array, dtype: jnp.dtype | None = None) -> bytes:
     kind = jnp.dtype(array.dtype if kept else dtype)
     if array.nbytes <= SMALL and array.is_fully_addressable:
         with np.errstate(over="ignore"):
-            sums = _checksums(np, np.asarray(array), kind)
+            place = np.arange(array.size, dtype=np.uint32).reshape(array.shape)
+            sums = _checksums(np.asarray(array), place, kind)
     else:
         sums = _compiled(array, kind)
     return f"{name} {array.shape} {[int(x) for x in sums]}\n".encode()
 
 
-def _checksums(xp: ModuleType, x: Array | np.ndarray, dtype: jnp.dtype) -> tuple[UInt[Array, ""], UInt[Array, ""]]:
-    """Sums, modulo 2^32, of every element's bits mixed with its place; `xp` is NumPy or jax.numpy."""
-    bits = x.astype(dtype).view({1: xp.uint8, 2: xp.uint16, 4: xp.uint32}[dtype.itemsize])
-    place = xp.arange(x.size, dtype=xp.uint32).reshape(x.shape)
-    mixed = bits.astype(xp.uint32) ^ (place * xp.uint32(0x9E3779B1))
-    mixed = (mixed ^ (mixed >> 16)) * xp.uint32(0x85EBCA6B)
-    mixed = (mixed ^ (mixed >> 13)) * xp.uint32(0xC2B2AE35)
-    return mixed.sum(dtype=xp.uint32), (mixed ^ (mixed >> 16)).sum(dtype=xp.uint32)
+def _checksums(x: Numbers, place: Numbers, dtype: jnp.dtype) -> tuple[UInt[Numbers, ""], UInt[Numbers, ""]]:
+    """Sums, modulo 2^32, of every element's bits mixed with its place, by NumPy or by JAX as the arrays are."""
+    bits = x.astype(dtype).view({1: np.uint8, 2: np.uint16, 4: np.uint32}[dtype.itemsize])
+    mixed = bits.astype(np.uint32) ^ (place * np.uint32(0x9E3779B1))
+    mixed = (mixed ^ (mixed >> 16)) * np.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
+    return mixed.sum(dtype=np.uint32), (mixed ^ (mixed >> 16)).sum(dtype=np.uint32)
 
 
 @partial(jax.jit, static_argnums=1)
 def _compiled(x: Array, dtype: jnp.dtype) -> tuple[UInt[Array, ""], UInt[Array, ""]]:
-    return _checksums(jnp, x, dtype)
+    # Axis by axis: each device counts the places of its own shard, and no array of them all is made.
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return _checksums(x, place, dtype)
