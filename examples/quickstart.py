@@ -26,6 +26,7 @@ from silkie_jax.evaluation.report.runs import Measured, read_run
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 SFT, DPO = HERE / "quickstart-sft.yaml", HERE / "quickstart-dpo.yaml"
+SEED = 1
 BEST_MODEL = "faithful"
 """Of the pool, for the paper's second heuristic: GPT-4V there."""
 
@@ -190,7 +191,9 @@ def main() -> int:
     """Take the road in the folder named on the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m examples.quickstart", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/quickstart"))
-    parser.add_argument("--seed", type=int, default=1, help="of scenes, models, judge and training; default 1")
+    parser.add_argument(
+        "--seed", type=int, default=SEED, help="of scenes, models, judge and training; default %(default)s"
+    )
     parser.add_argument("--fast", action="store_true", help="the same road in small; its numbers mean nothing")
     args = parser.parse_args()
     began = time.monotonic()

@@ -65,6 +65,13 @@ def make_tiny(folder: Path, **sizes: int) -> Path:
     return make_checkpoint(folder, **(SIZES | sizes))
 
 
+def make_run_folder(folder: Path) -> Path:
+    """FOLDER/model and FOLDER/corpus, of four instructions, two of them with an image."""
+    make_tiny(folder / "model")
+    write_corpus(folder / "corpus", [record(n, images=n % 2) for n in range(4)])
+    return folder
+
+
 def run_config(folder: Path, run: str, **others) -> TrainConfig:
     """The configuration of FOLDER/RUN over FOLDER/model and FOLDER/corpus."""
     paths = {"model": str(folder / "model"), "corpus": str(folder / "corpus"), "run_dir": str(folder / run)}

@@ -23,30 +23,24 @@ from tests.training.support import (
     assert_same_arrays,
     branches_of,
     by_path,
-    make_tiny,
+    make_run_folder,
     read_lines,
     record,
     record_row,
     rows_arrays,
     run_config,
-    write_corpus,
 )
+
+OPTIONS = {"batch_rows": 2, "steps": 2, "checkpoint_every": 1, "remat": "dots", "compute": "fp8"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fp8")
-    make_tiny(folder / "model")
-    write_corpus(folder / "corpus", [record(n, images=n % 2) for n in range(4)])
-    return folder
+    return make_run_folder(tmp_path_factory.mktemp("fp8"))
 
 
 def config(folder, run, **others):
-    return run_config(
-        folder,
-        run,
-        **({"batch_rows": 2, "steps": 2, "checkpoint_every": 1, "remat": "dots", "compute": "fp8"} | others),
-    )
+    return run_config(folder, run, **(OPTIONS | others))
 
 
 @pytest.fixture(scope="module")

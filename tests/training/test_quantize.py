@@ -17,23 +17,18 @@ from silkie_jax.scoring.reference import compute_reference
 from silkie_jax.training import loop
 from silkie_jax.training.loop import train
 from silkie_jax.training.result import export_run
-from tests.training.support import make_tiny, read_lines, record, run_config, write_corpus
+from tests.training.support import make_run_folder, read_lines, record, run_config, write_corpus
+
+OPTIONS = {"batch_rows": 2, "steps": 3, "checkpoint_every": 1, "remat": "dots", "quantize": "int8"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quantize")
-    make_tiny(folder / "model")
-    write_corpus(folder / "corpus", [record(n, images=n % 2) for n in range(4)])
-    return folder
+    return make_run_folder(tmp_path_factory.mktemp("quantize"))
 
 
 def config(folder, run, **others):
-    return run_config(
-        folder,
-        run,
-        **({"batch_rows": 2, "steps": 3, "checkpoint_every": 1, "remat": "dots", "quantize": "int8"} | others),
-    )
+    return run_config(folder, run, **(OPTIONS | others))
 
 
 def curve(run):
