@@ -7,7 +7,7 @@ apart; it is no defence against somebody who forges one.
 import hashlib
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,6 @@ def adapter_fingerprint(model: QwenVL) -> str | None:
     return digest.hexdigest() if adapted else None
 
 
-Numbers = Array | np.ndarray
 SMALL = 2**22
 """Bytes up to which an array's checksum is made on the host: each shape would be a program of its own to compile."""
 
@@ -94,7 +93,7 @@ def _line(name: str, array: Array, dtype: jnp.dtype | None = None) -> bytes:
     return f"{name} {array.shape} {[int(x) for x in sums]}\n".encode()
 
 
-def _checksums(x: Numbers, place: Numbers, dtype: jnp.dtype) -> tuple[UInt[Numbers, ""], UInt[Numbers, ""]]:
+def _checksums(x: Any, place: Any, dtype: jnp.dtype) -> tuple[Any, Any]:
     """Sums, modulo 2^32, of every element's bits mixed with its place, by NumPy or by JAX as the arrays are."""
     bits = x.astype(dtype).view({1: np.uint8, 2: np.uint16, 4: np.uint32}[dtype.itemsize])
     mixed = bits.astype(np.uint32) ^ (place * np.uint32(0x9E3779B1))
