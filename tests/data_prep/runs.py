@@ -39,10 +39,13 @@ def make_answered(folder: Path, count: int, url: str) -> Path:
 
 
 def agent(url: str, model: str, **changes) -> dict:
-    """An endpoint at the scripted server, whose tokens the estimate knows how to count."""
+    """An endpoint at the scripted server, whose tokens the estimate knows how to count.
+
+    Its time-out is one that no busy machine passes: a reply given up may have been billed, and is asked for again.
+    """
     price = {"input": 10.0, "output": 30.0}
     settings = {"model": model, "base_url": url, "price": price, "image_tokens": 85, "expected_tokens": 52}
-    return {**settings, "max_tokens": 200, "timeout": 2.0, **changes}
+    return {**settings, "max_tokens": 200, "timeout": 60.0, **changes}
 
 
 def write_pool(path: Path, url: str, models=MODELS, pool: dict | None = None, **changes) -> Path:

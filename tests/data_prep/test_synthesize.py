@@ -66,9 +66,7 @@ def teach(request) -> str:
 
 
 def write_teacher(path, url, **changes):
-    path.write_text(
-        json.dumps({"name": "teacher", "agent": agent(url, "strong", max_tokens=1000, timeout=60.0), **changes})
-    )
+    path.write_text(json.dumps({"name": "teacher", "agent": agent(url, "strong", max_tokens=1000), **changes}))
     return path
 
 

@@ -46,9 +46,8 @@ def test_undisturbed(tmp_path):
 def test_errors_that_pass_change_nothing(tmp_path):
     with Server() as server:
         build(tmp_path / "plain", server)
-    # The time-outs must not end the others' patience; a server that is slow for all is another test.
     with Server(Script(faults=PASSING, times=1)) as server:
-        responded, rated = build(tmp_path / "run", server)
+        responded, rated = build(tmp_path / "run", server, timeout=2.0)
     assert everything(tmp_path / "run") == everything(tmp_path / "plain")
     seen = Counter(responded.attempts) + Counter(rated.attempts)
     assert min(seen[k] for k in ("rate_limited", "server_error", "connection", "malformed", "timeout", "empty")) > 0

@@ -39,7 +39,7 @@ def questions(folder, count=3):
 
 
 def config(folder, url, **agent) -> Path:
-    settings = {"model": "judge", "base_url": url, "timeout": 5.0, "price": {"input": 1.0, "output": 2.0}, **agent}
+    settings = {"model": "judge", "base_url": url, "timeout": 60.0, "price": {"input": 1.0, "output": 2.0}, **agent}
     return write(folder / "judge.yaml", {"agent": settings})
 
 

@@ -89,7 +89,7 @@ def test_it_is_asked_with_texts_and_resumed(tmp_path):
     """The scripted server knows no log-probabilities: each request is malformed there, and sent again later."""
     with Server() as server:
         run = make_answered(tmp_path / "run", 2, server.url)
-        sides = {side: {"base_url": server.url, "timeout": 5} for side in ("policy", "start")}
+        sides = {side: {"base_url": server.url, "timeout": 60} for side in ("policy", "start")}
         judge = write_implicit(tmp_path / "judge", **sides)
         with pytest.raises(UserError, match="its endpoint does not know the model '' or the path"):
             rate(run, [judge], QUIET)

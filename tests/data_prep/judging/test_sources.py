@@ -14,7 +14,7 @@ from tests.endpoints.server import Server
 
 
 def judge(path, url, **changes):
-    return write_judge(path, url, changes, timeout=60.0)
+    return write_judge(path, url, changes)
 
 
 def test_each_source_has_its_judge_and_its_aspects(tmp_path):
@@ -23,12 +23,10 @@ def test_each_source_has_its_judge_and_its_aspects(tmp_path):
         named = (Instruction(f"i{n}", f"What {n}?", source="red-team" if n % 2 else "photos") for n in range(6))
         opened.write_instructions(named, {"of": "a test"})
     with Server() as server:
-        pool = write_pool(tmp_path / "pool", server.url, ("m0", "m1"), {"models_per_instruction": 2}, timeout=60.0)
+        pool = write_pool(tmp_path / "pool", server.url, ("m0", "m1"), {"models_per_instruction": 2})
         respond(run, pool, QUIET)
         judges = [
-            write_judge(
-                tmp_path / name, server.url, {"name": name, "rubric": rubric, "sources": [source]}, timeout=60.0
-            )
+            write_judge(tmp_path / name, server.url, {"name": name, "rubric": rubric, "sources": [source]})
             for name, rubric, source in (("a", "five_attributes", "photos"), ("b", "red_team", "red-team"))
         ]
         rate(run, judges, QUIET)
