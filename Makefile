@@ -2,7 +2,7 @@
 # A stamp in .venv says what is installed; changing pyproject.toml or constraints.txt installs again.
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart systems test test-quickstart test-hosts test-torch test-compile lint format clean
+.PHONY: help quickstart systems test test-slow test-quickstart test-hosts test-torch test-compile lint format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,11 +13,12 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 LINTED := silkie_jax data_prep benchmarks examples tests
 # `make test TEST="tests/nn -k lora"` runs some of the tests.
 TEST ?= tests
-# Processes of `make test`; each takes up to 6 GB.
+# Processes of `make test` and `make test-slow`; each takes up to 6 GB.
 WORKERS ?= 2
+PARALLEL := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: $(VENV)/.installed-data,evaluation  ## preference distillation from end to end, minutes on two cores; QUICKSTART=--fast in small
 	$(BIN)/python -m examples.quickstart $(QUICKSTART)
@@ -25,8 +26,11 @@ quickstart: $(VENV)/.installed-data,evaluation  ## preference distillation from 
 systems: $(VENV)/.installed-data,evaluation,serve  ## the related systems beside the quickstart, and a table of all; SYSTEMS=--fast in small
 	$(BIN)/python -m examples.systems $(SYSTEMS)
 
-test: $(VENV)/.installed-dev  ## the test suite; TEST="PATH -k WORD" for some of it
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TEST)
+test: $(VENV)/.installed-dev  ## the test suite, but for slow tests; TEST="PATH -k WORD" for some of it
+	$(PARALLEL) -m "not slow and not hosts and not quickstart" $(TEST)
+
+test-slow: $(VENV)/.installed-dev  ## its slow tests: kills, whole runs, benchmarks, many meshes
+	$(PARALLEL) -m "slow and not hosts and not quickstart" $(TEST)
 
 test-quickstart: $(VENV)/.installed-dev  ## the quickstart in small, killed again and again, and the related systems
 	$(BIN)/python -m pytest -m quickstart tests/examples

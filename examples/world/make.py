@@ -23,8 +23,8 @@ import itertools
 import json
 import random
 import shutil
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,10 @@ from examples.world.scenes import COLOURS, SHAPES, SPLITS, Scene, scenes
 MARKER = ".made-by-world"
 MME_TASKS = ("existence", "count", "position", "color", "OCR")
 """Those of MME's 14 tasks that can be asked about shapes."""
+SEEN = {"existence": 4, "color": 2}
+"""How often what is asked of a picture with yes or no is of these tasks, beside once of each other: the base sees colours
+best, and what it does not see teaches it nothing but a leaning to either answer. So what is denied to be there has a
+colour that is not there."""
 DESCRIPTIONS = 0.6
 """Share of the instructions that ask for a description; of the others two thirds are to be answered with yes or no."""
 
@@ -77,8 +81,9 @@ def make_world(
     rng = random.Random(f"{seed} instructions")
     shown = _write_scenes(folder, itertools.islice(scenes(seed, "train"), count), "scene")
     lines = []
+    wanted: Wanted = defaultdict(lambda: itertools.cycle((True, False)))
     for name, scene in shown.items():
-        for number, text in enumerate(_instructions(scene, rng, each)):
+        for number, text in enumerate(_instructions(scene, rng, each, wanted)):
             line = {"id": f"{Path(name).stem}-{number}", "image": f"images/{name}", "prompt": text}
             lines.append(line | ({"answer": questions.read(scene, text).answer} if answers else {}))
     _write_lines(folder / "instructions.jsonl", lines)
@@ -109,21 +114,31 @@ def _write_scenes(folder: Path, found: Iterable[Scene], stem: str) -> dict[str, 
     return shown
 
 
-def _instructions(scene: Scene, rng: random.Random, each: int) -> list[str]:
+Wanted = Mapping[str, Iterator[bool]]
+"""Task -> whether the next of its questions is to be affirmed: every other one, so that neither is the better guess."""
+
+
+def _instructions(scene: Scene, rng: random.Random, each: int, wanted: Wanted) -> list[str]:
     """Different texts about one scene."""
     texts: dict[str, None] = {}
     while len(texts) < each:
-        texts[_question(scene, rng).text] = None
+        texts[_question(scene, rng, wanted).text] = None
     return list(texts)
 
 
-def _question(scene: Scene, rng: random.Random) -> Question:
+def _question(scene: Scene, rng: random.Random, wanted: Wanted) -> Question:
     lot = rng.random()
     if lot < DESCRIPTIONS:
         return questions.description(scene, rng)
     if lot < DESCRIPTIONS + (1 - DESCRIPTIONS) / 3:
         return questions.open_question(scene, rng)
-    asked = questions.yes_no(scene, rng, rng.choice(questions.tasks_of(scene)), rng.random() < 0.5)
+    tasks = questions.tasks_of(scene)
+    (task,) = rng.choices(tasks, [SEEN.get(task, 1) for task in tasks])
+    asked = questions.yes_no(scene, rng, task, yes := next(wanted[task]))
+    if task == "existence" and not yes:
+        there = {thing.colour for thing in scene.things}
+        unlike = [name for name in questions.absent(scene) if name.split()[0] not in there]
+        asked = questions.read(scene, f"Is there a {rng.choice(unlike)} in this image?")
     return questions.read(scene, asked.text + questions.YES_NO) if rng.random() < 0.5 else asked
 
 

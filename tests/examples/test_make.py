@@ -7,7 +7,7 @@ import pytest
 
 from examples.world.make import MME_TASKS, make_world
 from examples.world.pool import read_truth
-from examples.world.questions import read
+from examples.world.questions import YES_NO_TASKS, read
 from examples.world.scenes import Scene, split
 from silkie_jax.evaluation import mme, objects, pope
 
@@ -50,9 +50,13 @@ def test_instructions(world):
     shown = {line["image"]: Scene.from_json(line) for line in lines(world / "scenes.jsonl")}
     assert len(asked) == 160
     assert len({(line["image"], line["prompt"]) for line in asked}) == 160
-    tasks = Counter(read(shown[line["image"].removeprefix("images/")], line["prompt"]).task for line in asked)
+    read_ones = [read(shown[line["image"].removeprefix("images/")], line["prompt"]) for line in asked]
+    tasks = Counter(one.task for one in read_ones)
     assert 0.45 < tasks["description"] / 160 < 0.75
     assert len(tasks) >= 6
+    truths = Counter((one.task, one.truth) for one in read_ones)
+    # Of each task as many to be affirmed as denied, but for one, and for repetitions that were drawn again.
+    assert all(abs(truths[task, "yes"] - truths[task, "no"]) <= 2 for task in YES_NO_TASKS)
     assert all((world / line["image"]).is_file() for line in asked)
 
 

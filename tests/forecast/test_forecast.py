@@ -252,6 +252,7 @@ def silkie_compile(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
 
 
+@pytest.mark.slow
 def test_a_dry_run_on_pretended_devices(tmp_path):
     make_tiny(tmp_path / "model")
     config = tmp_path / "run.yaml"

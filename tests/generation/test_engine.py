@@ -86,6 +86,7 @@ def mixed(pair, count: int) -> tuple[list[Request], list[list[int]]]:
     return [requests[i] for i in order], [expected[i] for i in order]
 
 
+@pytest.mark.slow
 def test_two_hundred_mixed_requests_equal_one_by_one(pair):
     requests, expected = mixed(pair, 200)
     for slots in (3, 16):

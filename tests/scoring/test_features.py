@@ -65,6 +65,7 @@ def towers(folder, name="model"):
 # The curve
 
 
+@pytest.mark.slow
 def test_in_bfloat16_the_curve_is_that_of_live_features_bit_for_bit(folder):
     options = {"dtype": "bfloat16"}
     live = curve(train(config(folder, "live16", **options)))
@@ -85,6 +86,7 @@ def test_on_a_mesh_with_a_stored_reference_the_curve_is_that_of_a_live_run(folde
     np.testing.assert_allclose(curve(train(config(folder, "meshed", **both, **mesh))), whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_began_with_its_tower_goes_on_without(folder, stored, monkeypatch):
     alone = curve(train(config(folder, "alone", **STORED)))
     asked = iter([False, True])
@@ -95,6 +97,7 @@ def test_a_run_that_began_with_its_tower_goes_on_without(folder, stored, monkeyp
     np.testing.assert_allclose(curve(train(config(folder, "stopped", **STORED))), alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_null_image_is_stored_with_them(folder):
     """A loss that asks what the policy says with an image that shows nothing: no tower makes that image's features."""
     options = {"dtype": "bfloat16", "loss": {"name": "vdpo", "guide": "policy"}, "steps": 2}

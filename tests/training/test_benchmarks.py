@@ -44,6 +44,7 @@ def base(tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_checkpoint(base, tmp_path, monkeypatch):
     # A tiny model answers neither yes nor no: here any change of an answer may change how it is read.
     monkeypatch.setitem(yesno.RULES, "mme_official", lambda text: "yes" if zlib.crc32(text.encode()) % 2 else "no")

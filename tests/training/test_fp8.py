@@ -95,6 +95,7 @@ def measure(model, arrays, reference, one_body, other=None, **options):
     return metrics, gradients, {name: float(value) for name, value in found.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["adapter_off", "copy"])
 def test_one_body_computes_what_two_passes_do(folder, arrays, reference):
     model = policy(folder)
@@ -106,6 +107,7 @@ def test_one_body_computes_what_two_passes_do(folder, arrays, reference):
     assert_same_arrays(twice[1], once[1], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_gradients_of_the_adapter_are_near_those_without(folder, arrays):
     found = {}
     for quantize in (None, "int8", "fp8"):

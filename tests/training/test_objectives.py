@@ -223,6 +223,7 @@ def test_null_images(model):
     np.testing.assert_allclose(mean[0], model.encode_images(jnp.zeros((SIDE, SIDE, 3))), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_stored_guide_gives_the_curve_of_the_computed_one(base, tmp_path):
     """The reference's log-probabilities with the null image lie beside those with the responses' own."""
     changed = {"loss": {"name": "vdpo", "gamma": 0.5}, "steps": 2}

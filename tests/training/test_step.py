@@ -376,6 +376,7 @@ def test_adamw_with_clipping_is_the_oracles(clip_norm):
             np.testing.assert_allclose(values[name], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_parts_with_rates_of_their_own_move_as_adamw_at_those_rates(folder, tmp_path, batch):
     """Each as in a run whose only rate that is: under a schedule, with weight decay, clipped by one norm."""
     rates = {"decoder": 1e-3, "resampler": 4e-3, "vision": 2.5e-4}

@@ -105,6 +105,7 @@ def oracle_logp(folder, tokenizer, made):
     return logps[len(prompt) + at - 1, np.array(ids)[at]].sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("views", [((0,), (1,)), ((1, 0), (1,)), ((), None)], ids=["pair", "shared", "blind"])
 def test_two_views_in_one_row_are_two_rows(folder, tokenizer, sft, dpo, views):
     """Values and gradients, of the vision tower, too: a picture that both show has the sum of its two gradients."""
@@ -159,6 +160,7 @@ def check(found, expected):
     assert_same_arrays(found[1], expected[1], 1e-5)
 
 
+@pytest.mark.slow
 def test_packed_and_accumulated_rows_with_views_are_one_batch(tokenizer, dpo, rows, one_device):
     packed = arrays(tokenizer, [rows[:2], [], rows[2:], []], accumulate=2, length=2048)
     assert packed["branches"].max() >= 3 * 64
