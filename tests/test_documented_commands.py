@@ -155,7 +155,7 @@ def serve(folder: Path, command: str) -> None:
     assert process.returncode in (0, 130), said
 
 
-@pytest.mark.slow
+@pytest.mark.slow(200)
 def test_commands_run_as_they_are_printed(desk, monkeypatch):
     """In the order of PAGES: later ones use what earlier ones made. What was run once is not run again."""
     monkeypatch.chdir(desk)

@@ -36,7 +36,7 @@ def test_logprobs(run):
         assert full[1] - full[0] > 5 * (fused[1] - fused[0])
 
 
-@pytest.mark.slow
+@pytest.mark.slow(60)
 def test_step(run):
     printed = run(step, *SIZE, "--steps", "1", "--warmup", "1", "--remat", "full", "dots", "--also", "accumulate=2")
     losses = [cells(printed, f"accumulate 1, remat {remat}")[-1].split(",")[0] for remat in ("full", "dots")]
@@ -64,7 +64,7 @@ sys.meta_path.insert(0, Absent())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(70)
 def test_what_runs_on_a_gpu_needs_jax_and_flax_alone(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(WITHOUT)
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "XLA_FLAGS": ""}

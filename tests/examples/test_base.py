@@ -124,7 +124,7 @@ def test_yes_and_no_are_asked_for_alike():
     assert 0.9 < found["yes"] / found["no"] < 1.1
 
 
-@pytest.mark.slow
+@pytest.mark.slow(80)
 def test_the_road_by_commands(tmp_path, monkeypatch):
     """Two small stages; again from the same folder nothing is done again, and a lost result is made the same."""
     stages = (

@@ -109,7 +109,7 @@ class Killer:
         return said
 
 
-@pytest.mark.slow
+@pytest.mark.slow(190)
 def test_killed_at_twenty_moments_two_rounds_end_with_the_same_bytes(tmp_path, tiny, environment):
     """Whole groups of processes are killed, as a machine that goes down does, and once the driver alone."""
     make_run(tmp_path / "prompts", 8)
@@ -162,7 +162,7 @@ def test_killed_at_twenty_moments_two_rounds_end_with_the_same_bytes(tmp_path, t
     assert {key for key, count in paid.items() if count > 1} <= lost, "nothing is asked twice but what was in flight"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(70)
 def test_a_policy_answers_and_judges_itself(tmp_path, tiny, environment):
     """SPA's form: a round on given pairs, then the policy's own answers by its implicit reward against the start."""
     make_run(tmp_path / "prompts", 6)

@@ -78,7 +78,7 @@ def kept(path):
     return [{k: v for k, v in line.items() if not k.endswith(clock)} for line in read_lines(path / "metrics.jsonl")]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(70)
 def test_killed_and_stopped_runs_end_as_if_nothing_had_happened(config, tmp_path):
     def start():
         run = Run(config, tmp_path / "log")
