@@ -1,11 +1,15 @@
 """Compiles every machine's config at full size with the real compilers of TPUs and GPUs and writes the table.
 
     python -m benchmarks.pods [--out results]         (needs the tpu and cuda12 extras; a minute a config on two cores)
+    python -m benchmarks.pods --only silkie-v5e-16 silkie-1x80gb --loss sigmoid '{name: vdpo, guide: policy}' \
+        '{name: spa, extrapolation: 0.5}'
 
-Each config is compiled in a process of its own by `silkie compile`; nothing runs. Times and rates are forecasts.
+Each config is compiled in a process of its own by `silkie compile`; nothing runs. Times and rates are forecasts. `--loss`
+compiles each config with each of these losses in place of its own, the reference computed in the step for all of them.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -42,6 +46,7 @@ def main() -> None:
     """Compiles all and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", choices=MACHINES, default=list(MACHINES))
+    parser.add_argument("--loss", nargs="*", help="losses, as a config has them")
     parser.add_argument("--out", help="a file, or `results` for benchmarks/results")
     args = parser.parse_args()
     lines = [
@@ -49,12 +54,14 @@ def main() -> None:
         "received by a chip a step, GB | forecast: s a step, instructions/s, hours for 3 epochs |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in args.only:
+    for name, loss in itertools.product(args.only, args.loss or [None]):
         command = [sys.executable, "-m", "silkie_jax.cli", "compile", str(CONFIGS / f"{name}.yaml"), "--json"]
-        done = subprocess.run([*command, "--topology", MACHINES[name]], capture_output=True, text=True)
+        command += ["--topology", MACHINES[name], *([f"loss={loss}", "reference=copy"] if loss else [])]
+        title = f"{name} ({MACHINES[name]})" + (f", `{loss}`" if loss else "")
+        done = subprocess.run(command, capture_output=True, text=True)
         if not done.stdout.startswith("{"):
             why = (done.stderr.strip() or "ended without a word").splitlines()[-1]
-            lines.append(f"| {name} ({MACHINES[name]}) | {why} | | | | | |")
+            lines.append(f"| {title} | {why} | | | | | |")
             continue
         found = json.loads(done.stdout)
         programs = found["compiled"]
@@ -62,7 +69,7 @@ def main() -> None:
         took = " + ".join(f"{program['compile_seconds']:.0f}" for program in programs)
         memory = "<br>".join(map(memory_of, programs))
         lines.append(
-            f"| {name} ({MACHINES[name]}) | {found['chips']} | {found['rows']} | {memory} | {took} | "
+            f"| {title} | {found['chips']} | {found['rows']} | {memory} | {took} | "
             f"{sum(programs[0]['collectives'].values()) / 1e9:.1f} | "
             f"{found['step_seconds']:.2f}, {rate:.0f}, {3 * found['in_all'] / rate / 3600:.1f} |"
         )

@@ -143,7 +143,7 @@ def take(road: Road[Sizes]) -> None:
     chat(road)
 
 
-QUESTIONS = 400
+QUESTIONS = 300
 """About so many of each benchmark are asked, drawn by scene: of POPE a quarter, of MME a half."""
 MME_TASKS = "existence,count,position,color,OCR"
 """Those of MME's 14 that can be asked about shapes."""
