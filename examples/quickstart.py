@@ -144,7 +144,7 @@ def take(road: Road[Sizes]) -> None:
 
 
 QUESTIONS = 300
-"""About so many of each benchmark are asked, drawn by scene: of POPE a quarter, of MME a half."""
+"""About so many of each benchmark are asked, drawn by scene: of POPE a fifth, of MME a third."""
 MME_TASKS = "existence,count,position,color,OCR"
 """Those of MME's 14 that can be asked about shapes."""
 
