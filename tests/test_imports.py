@@ -142,6 +142,11 @@ def test_only_serving_needs_a_server():
     assert names & {"starlette", "uvicorn", "openai"} == set()
 
 
+def test_a_model_here_is_measured_without_a_client():
+    names = imported("import silkie_jax.evaluation.running.run, silkie_jax.evaluation.running.local")
+    assert names & {"openai", "httpx", "httpx2", "transformers", "pyarrow"} == set()
+
+
 @pytest.mark.parametrize(
     "code",
     [

@@ -5,22 +5,22 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from silkie_jax.endpoints.agents import Agent, read_key
 from silkie_jax.endpoints.attempts import Ids, Review, StageWork, mark_lost
 from silkie_jax.endpoints.batch_files import release_unsent
-from silkie_jax.endpoints.batches import run_batches
 from silkie_jax.endpoints.budget import Budget, Estimate, check_prices, estimate, usd
-from silkie_jax.endpoints.client import CHAT, Client, Route
 from silkie_jax.endpoints.journal import Journal
-from silkie_jax.endpoints.lanes import send_all
 from silkie_jax.endpoints.local import by_checkpoint, local_server
 from silkie_jax.endpoints.messages import Wire
 from silkie_jax.endpoints.progress import Progress
 from silkie_jax.endpoints.stopping import Stop
 from silkie_jax.endpoints.store import DATABASE, RunStore
 from silkie_jax.errors import UserError
+
+if TYPE_CHECKING:  # who asks no endpoint need not wait for the client's many modules
+    from silkie_jax.endpoints.client import Client, Route
 
 T = TypeVar("T")
 
@@ -102,7 +102,7 @@ def run_stage(
     plan: Callable[[], None],
     review: Review,
     options: Options,
-    routes: Mapping[str, Route] | None = None,
+    routes: "Mapping[str, Route] | None" = None,
 ) -> StageResult:
     """Plans and sends all requests of a stage that are not settled.
 
@@ -164,8 +164,12 @@ async def _send(
     review: Review,
     options: Options,
     spent: float,
-    routes: Mapping[str, Route],
+    routes: "Mapping[str, Route]",
 ) -> Counter[str]:
+    from silkie_jax.endpoints.batches import run_batches
+    from silkie_jax.endpoints.client import CHAT, Client
+    from silkie_jax.endpoints.lanes import send_all
+
     states = _states(run, stage)
     total, waiting = sum(states.values()), states.get("open", 0)
     progress = Progress(stage, total, total - waiting, spent, options.progress)
@@ -220,8 +224,8 @@ async def _ask_own_models(
     work: StageWork,
     agents: dict[str, Agent],
     idle: dict[str, Agent],
-    idle_clients: Mapping[str, Client],
-    routes: Mapping[str, Route],
+    idle_clients: "Mapping[str, Client]",
+    routes: "Mapping[str, Route]",
 ) -> None:
     """Sends what is open for local models. Their servers run one after another: each takes all accelerators there are.
 
@@ -231,6 +235,9 @@ async def _ask_own_models(
         idle: agents that nobody else asks meanwhile. What replies of local models want of them is sent from here, so
             that a server stays while model and agent take turns.
     """
+    from silkie_jax.endpoints.client import CHAT, Client
+    from silkie_jax.endpoints.lanes import send_all
+
     for sharing in by_checkpoint(agents).values():
         if work.stop or not _with_open(work.run, work.stage, sharing):
             continue
