@@ -4,8 +4,8 @@
     python -m benchmarks.pods --only silkie-v5e-16 silkie-1x80gb --loss sigmoid '{name: vdpo, guide: policy}' \
         '{name: spa, extrapolation: 0.5}'
 
-Each config is compiled in a process of its own by `silkie compile`; nothing runs. Times and rates are forecasts. `--loss`
-compiles each config with each of these losses in place of its own, the reference computed in the step for all of them.
+Each config is compiled in a process of its own by `silkie compile`; nothing runs. Times and rates are forecasts.
+`--loss` compiles each config with each of these losses in place of its own, the reference computed in the step.
 """
 
 import argparse

@@ -38,9 +38,10 @@ MARKER = ".made-by-world"
 MME_TASKS = ("existence", "count", "position", "color", "OCR")
 """Those of MME's 14 tasks that can be asked about shapes."""
 SEEN = {"existence": 4, "color": 2}
-"""How often a question that is answered with yes or no is of these tasks, beside once of each other: the base sees colours
-best, and what it does not see teaches it nothing but a leaning to either answer. For the same reason what is asked for
-in vain has a colour that is not there.
+"""How often what is answered with yes or no is of these tasks, beside once of each other.
+
+The base sees colours best, and what it does not see teaches it nothing but a leaning to either answer. For the same
+reason what is asked for in vain has a colour that is not there.
 """
 DESCRIPTIONS = 0.6
 """Share of the instructions that ask for a description; of the others two thirds are to be answered with yes or no."""
