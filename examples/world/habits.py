@@ -50,11 +50,11 @@ def terse(scene: Scene, asked: Question, lots: random.Random) -> str:
 
 
 def omitter(scene: Scene, asked: Question, lots: random.Random) -> str:
-    """Half of what is there, at least one thing, as if it were all; what it is asked for it has not seen."""
+    """What is there but for one thing, as if it were all; what it is asked for it has not seen."""
     if asked.task != "description":
         return "No." if asked.truth == "yes" else asked.answer
     objects = scene.objects
-    kept = sorted(lots.sample(range(len(objects)), max(len(objects) // 2, 1)))
+    kept = sorted(lots.sample(range(len(objects)), max(len(objects) - 1, 1)))
     return _counted([objects[k] for k in kept], len(kept))
 
 

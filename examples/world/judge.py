@@ -102,8 +102,8 @@ def merits(scene: Scene, asked: Question, text: str) -> tuple[float, float, str]
         objects = len(scene.objects)
         reason = f"It names {found.found} of {objects} objects, {found.invented} that are not there, and gets "
         reason += f"{found.mistaken} details wrong."
-        # Who leaves half out has not done half of what was asked for.
-        helpful = 1 + 4 * (found.told / objects) ** 2 - 0.5 * found.miscounted
+        # To leave a thing out is no better than to invent one, or DPO would teach to say little.
+        helpful = 5 - 3 * (objects - found.told) - 0.5 * found.miscounted
         # What says nothing says nothing wrong, but neither is it true to the picture.
         faithful = 5 - 2.5 * found.invented - 0.75 * found.mistaken - 0.5 * found.miscounted if said.claims else 4.0
         return helpful, faithful, reason
