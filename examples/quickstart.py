@@ -66,6 +66,12 @@ ROWS = (
 """Lines of the table: decoding, benchmark, figure, and what it is."""
 
 
+def begin(folder: Path, seed: int, sizes: Sizes) -> Road[Sizes]:
+    """The road in a folder, or what is left of it; ends the program where the folder is of something else."""
+    world = [path for path in (HERE / "world").iterdir() if path.suffix in (".py", ".yaml")]
+    return Road("quickstart", folder, seed, sizes, [SFT, DPO, *world])
+
+
 def take(road: Road[Sizes]) -> None:
     """All stages."""
     silkie, folder, sizes = road.silkie, road.folder, road.sizes
@@ -197,7 +203,7 @@ def main() -> int:
     parser.add_argument("--fast", action="store_true", help="the same road in small; its numbers mean nothing")
     args = parser.parse_args()
     began = time.monotonic()
-    road = Road("quickstart", args.folder, args.seed, FAST if args.fast else Sizes())
+    road = begin(args.folder, args.seed, FAST if args.fast else Sizes())
     use_two_cores(args.folder)
     try:
         take(road)

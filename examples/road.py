@@ -2,13 +2,14 @@
 server while it is needed, and how figures are shown."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -36,20 +37,22 @@ class Road(Generic[SizesT]):
         folder: of all that it makes.
         seed: of everything.
         sizes: a dataclass: how much of everything.
+        settings: files that decide what comes of it.
 
     Raises:
-        SystemExit: the folder holds something else, or what was begun with other arguments or another base.
+        SystemExit: the folder holds something else, or what was begun with other arguments, settings or another base.
     """
 
-    def __init__(self, name: str, folder: Path, seed: int, sizes: SizesT):
+    def __init__(self, name: str, folder: Path, seed: int, sizes: SizesT, settings: Iterable[Path] = ()):
         self.name, self.folder, self.seed, self.sizes = name, folder, seed, sizes
         marker = marker_of(name, folder)
         asked = {"seed": seed, **asdict(sizes), "base": fingerprint(BASE)}
+        asked["settings"] = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(settings)}
         if marker.exists():
-            if json.loads(marker.read_text() or "{}") != asked:
-                sys.exit(
-                    f"{name}: {folder} was begun with another seed, size or base: remove it or name another folder"
-                )
+            begun = json.loads(marker.read_text() or "{}")
+            if begun != asked:
+                others = ", ".join(_differing(begun, asked))
+                sys.exit(f"{name}: {folder} was begun with another {others}: remove it or name another folder")
             print(f"{name}: going on in {folder}")
         elif folder.exists() and any(folder.iterdir()):
             sys.exit(f"{name}: {folder} is not empty and was not made by this program; name another folder")
@@ -82,6 +85,18 @@ class Road(Generic[SizesT]):
         print(f"$ {shown} {shlex.join(words)}", flush=True)
         if status := subprocess.run([*program, *words]).returncode:
             sys.exit(f"{self.name}: `{shown}` ended with status {status}; the same command continues from here")
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Keys of which the values differ; of a table in it, those keys."""
+    found = []
+    for key in sorted({*one, *other}):
+        a, b = one.get(key), other.get(key)
+        if isinstance(b, dict):
+            found += _differing(a if isinstance(a, dict) else {}, b)
+        elif a != b:
+            found.append(key)
+    return found
 
 
 def marker_of(name: str, folder: Path) -> Path:

@@ -41,8 +41,9 @@ def main() -> int:
             return status
     began = time.monotonic()
     beside = quickstart.FAST if args.fast else quickstart.Sizes()
-    Road("quickstart", args.folder, seed, beside)  # refuses one that was begun with something else
-    road = Road("systems", args.folder / "systems", seed, FAST if args.fast else Sizes())
+    quickstart.begin(args.folder, seed, beside)  # refuses one that was begun with something else
+    settings = Path(__file__).parent.glob("*.yaml")
+    road = Road("systems", args.folder / "systems", seed, FAST if args.fast else Sizes(), settings)
     try:
         take(road)
     except KeyboardInterrupt:

@@ -109,7 +109,7 @@ def means(found):
 
 
 def test_the_judge_ranks_as_training_needs_it():
-    """The faithful one first; who leaves something out is no better than who invents, or DPO would teach to say little."""
+    """The faithful one first; to leave something out is no better than to invent, or DPO would teach to say little."""
     found = means(rated("description"))
     assert max(found, key=found.get) == "faithful"
     assert found["faithful"] - max(value for name, value in found.items() if name != "faithful") > 0.2

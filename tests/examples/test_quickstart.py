@@ -1,5 +1,6 @@
 """The quickstart in small: killed again and again it comes to its end, and what it shows is what it measured."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -80,12 +81,19 @@ def test_killed_at_any_stage_it_ends_with_its_table(tmp_path, compiled):
     assert table in said
 
 
-def test_another_seed_does_not_go_on_in_the_folder_of_the_first(tmp_path, capsys):
-    Road("quickstart", tmp_path / "run", 0, quickstart.FAST)
-    Road("quickstart", tmp_path / "run", 0, quickstart.FAST)
+def test_what_was_begun_otherwise_does_not_go_on(tmp_path, capsys):
+    settings = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    for path in settings:
+        path.write_text("beta: 0.1")
+    Road("quickstart", tmp_path / "run", 0, quickstart.FAST, settings)
+    Road("quickstart", tmp_path / "run", 0, quickstart.FAST, settings[::-1])
     assert "going on in" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="was begun with another seed, size or base"):
-        Road("quickstart", tmp_path / "run", 1, quickstart.FAST)
+    sizes = dataclasses.replace(quickstart.FAST, scenes=3, dpo_steps=2)
+    with pytest.raises(SystemExit, match="was begun with another dpo_steps, scenes, seed"):
+        Road("quickstart", tmp_path / "run", 1, sizes, settings)
+    settings[1].write_text("beta: 0.2")
+    with pytest.raises(SystemExit, match=r"was begun with another b\.yaml:"):
+        Road("quickstart", tmp_path / "run", 0, quickstart.FAST, settings)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
     with pytest.raises(SystemExit, match="is not empty and was not made by this program"):
