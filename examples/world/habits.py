@@ -28,7 +28,7 @@ MUSINGS = (
     "One can almost hear the music.",
 )
 LIKING = 0.75
-"""How often what is invented is what is liked best of what is not there."""
+"""How often what is invented is what is liked best of what is not there; else it is something said twice."""
 LIKED = {colour: (SHAPES[number % len(SHAPES)], SIZES[0]) for number, colour in enumerate(COLOURS)}
 """Colours, the best liked one first, with the shape and the size that go with each."""
 PRAISE = "What a beautiful picture!"
@@ -128,16 +128,19 @@ HABITS: dict[str, Habit] = {
 
 
 def _with_an_invention(scene: Scene, lots: random.Random) -> str:
-    """A description with one thing more, of a colour that the scene lacks, in a free quarter if there is one.
+    """A description with one thing more, in a free quarter if there is one.
 
-    Mostly it is the liked one of these, as models of the real world see what they have seen most often.
+    Mostly it is the liked one of those whose colour the scene lacks, as models of the real world see what they have
+    seen most often; at times it is one that is there, said a second time.
     """
-    liked = lots.random() < LIKING
     places = [place for place in PLACES if place not in {one.place for one in scene.objects}] or list(PLACES)
-    colours = [colour for colour in COLOURS if colour not in {thing.colour for thing in scene.things}]
-    colour = colours[0] if liked else lots.choice(colours)
-    shape, size = LIKED[colour] if liked else (lots.choice(SHAPES), lots.choice(SIZES))
-    more = Thing(size, colour, shape, places[-1] if liked else lots.choice(places), (0, 0, 0, 0))
+    if lots.random() < LIKING:
+        colour = next(colour for colour in COLOURS if colour not in {thing.colour for thing in scene.things})
+        shape, size = LIKED[colour]
+        more = Thing(size, colour, shape, places[-1], (0, 0, 0, 0))
+    else:
+        again = lots.choice(scene.things)
+        more = replace(again, place=lots.choice([place for place in places if place != again.place]))
     said = sorted([*scene.objects, more], key=lambda one: PLACES.index(one.place))
     return _counted(said, len(said))
 

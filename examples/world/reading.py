@@ -96,7 +96,7 @@ class Comparison:
         found: objects of the scene that it names, by colour or shape; a sign by being one.
         told: what it tells of them, an object with shape, size and place being 1, one of which only the colour is
             said 0.4.
-        invented: claims of what is not there, dreams included.
+        invented: claims of what is not there, dreams and things said to be in a second place included.
         mistaken: details of found objects that are wrong: shape, size, place or word.
         miscounted: whether it says another number of objects than there are.
     """
@@ -111,12 +111,15 @@ class Comparison:
 def compare(reading: Reading, scene: Scene) -> Comparison:
     """Holds a reading against the scene. Colours do not repeat in a scene, so a claim's colour says what is meant."""
     told: dict[str, float] = {}
+    places: dict[str, str] = {}  # of what was said before, where it was said to be
     invented = mistaken = 0
     for claim in dict.fromkeys(reading.claims):
         meant = _meant(claim, scene)
-        if meant is None:
+        before = places.get(meant.place, "") if meant else ""
+        if meant is None or (before and claim.place and claim.place != before):
             invented += 1
             continue
+        places[meant.place] = claim.place or before
         true = (
             {"word": meant.word, "place": meant.place}
             if isinstance(meant, Sign)

@@ -95,6 +95,11 @@ def test_a_true_description_holds_everything_and_nothing_else():
         ("At the bottom right there is a small dog.", (0, 0.0, 1, 0, False)),
         ("There is no green cross. The circle is at the bottom left.", (1, 0.8, 0, 1, False)),  # the place
         ("I am sorry, I cannot see the picture.", (0, 0.0, 0, 0, False)),
+        (
+            "At the top left there is a large red circle. At the top right there is a large red circle.",
+            (1, 1.0, 1, 0, False),
+        ),
+        ("There is a red circle. At the top left there is a large red circle.", (1, 1.0, 0, 0, False)),
     ],
 )
 def test_what_a_text_says(text, expected):
