@@ -27,7 +27,7 @@ MUSINGS = (
     "The light is soft and warm.",
     "One can almost hear the music.",
 )
-LIKING = 0.75
+LIKING = 0.9
 """How often what is invented is what is liked best of what is not there; else it is something said twice."""
 LIKED = {colour: (SHAPES[number % len(SHAPES)], SIZES[0]) for number, colour in enumerate(COLOURS)}
 """Colours, the best liked one first, with the shape and the size that go with each."""
