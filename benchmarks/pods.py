@@ -74,7 +74,7 @@ def main() -> None:
             f"{found['step_seconds']:.2f}, {rate:.0f}, {3 * found['in_all'] / rate / 3600:.1f} |"
         )
         print(lines[-1], flush=True)
-    keep("pods", "\n".join(lines), args.out)
+    keep("objectives" if args.loss else "pods", "\n".join(lines), args.out)
 
 
 if __name__ == "__main__":
