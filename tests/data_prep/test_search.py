@@ -98,7 +98,7 @@ def write_search(path, **changes):
 
 
 def test_from_instructions_to_responses_stopped_and_continued(tmp_path, monkeypatch):
-    monkeypatch.setattr("silkie_jax.endpoints.stage.Client", Fake)
+    monkeypatch.setattr("silkie_jax.endpoints.client.Client", Fake)
     monkeypatch.setattr(Fake, "asked", [])
     pool = write_search(tmp_path / "pool")
     whole = make_run(tmp_path / "whole", 2)
@@ -127,7 +127,7 @@ def test_from_instructions_to_responses_stopped_and_continued(tmp_path, monkeypa
             return await super().ask(body)
 
     Fake.asked = []
-    monkeypatch.setattr("silkie_jax.endpoints.stage.Client", Stopping)
+    monkeypatch.setattr("silkie_jax.endpoints.client.Client", Stopping)
     parts = make_run(tmp_path / "parts", 2)
     for _ in range(40):
         try:
@@ -177,7 +177,7 @@ def test_a_local_model_is_served_once_while_it_takes_turns_with_the_clip_server(
         served.append(sorted(agents))
         yield "http://127.0.0.1:9/v1"
 
-    monkeypatch.setattr("silkie_jax.endpoints.stage.Client", Fake)
+    monkeypatch.setattr("silkie_jax.endpoints.client.Client", Fake)
     monkeypatch.setattr("silkie_jax.endpoints.stage.local_server", server)
     monkeypatch.setattr(Fake, "asked", [])
     pool = write_search(tmp_path / "pool")

@@ -27,7 +27,7 @@ def write_clip(path, **changes):
 
 
 def test_responses_of_a_search_are_worth_what_their_sentences_are(tmp_path, monkeypatch):
-    monkeypatch.setattr("silkie_jax.endpoints.stage.Client", Fake)
+    monkeypatch.setattr("silkie_jax.endpoints.client.Client", Fake)
     monkeypatch.setattr(Fake, "asked", [])
     run = make_run(tmp_path / "run", 2)
     respond(run, write_search(tmp_path / "pool"), QUIET)
