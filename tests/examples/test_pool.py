@@ -15,7 +15,7 @@ from data_prep.judging.rubric import load_rubric
 from data_prep.respond import load_pool
 from examples.world import judge, questions, reading, server
 from examples.world.drawing import encode
-from examples.world.habits import HABITS
+from examples.world.habits import HABITS, LIKING
 from examples.world.judge import ETHICS, FAITH, HELP, Temper
 from examples.world.make import make_world
 from examples.world.pool import JUDGE, POOL_FILE, PORT, URL, Pool, read_truth, write_configs
@@ -59,7 +59,8 @@ def test_habits_of_descriptions():
     found = {habit: described(habit) for habit in HABITS}
     true = found["faithful"]
     assert (true["coverage"], true["invented"], true["mistaken"], true["miscounted"]) == (1, 0, 0, 0)
-    assert found["omitter"]["coverage"] < 0.8
+    objects = [len(scene.objects) for scene in SCENES]
+    assert found["omitter"]["coverage"] == sum(max(count - 1, 1) for count in objects) / sum(objects)
     assert found["omitter"]["invented"] == 0
     assert found["omitter"]["words"] < true["words"]
     for name in ("inventor", "flatterer", "dreamer"):
@@ -70,6 +71,14 @@ def test_habits_of_descriptions():
     assert found["lost"]["mistaken"] > 2
     assert found["refuser"]["coverage"] < 0.5
     assert found["terse"]["words"] < 0.5 * true["words"]
+
+
+def test_some_inventions_are_said_twice():
+    """What is said twice adds no name; without such answers DPO learns to repeat what is there."""
+    texts = [HABITS["inventor"](scene, questions.read(scene, DESCRIBE), lots(k)) for k, scene in enumerate(SCENES)]
+    named = [len({(claim.colour, claim.shape) for claim in reading.read(text).claims}) for text in texts]
+    twice = mean(names == len(scene.objects) for names, scene in zip(named, SCENES, strict=True))
+    assert twice == pytest.approx(1 - LIKING, abs=0.05)
 
 
 def test_habits_of_answers():
@@ -109,11 +118,12 @@ def means(found):
 
 
 def test_the_judge_ranks_as_training_needs_it():
-    """The faithful one first; to leave something out is no better than to invent, or DPO would teach to say little."""
+    """The faithful one first; to leave a thing out costs what inventing one does, or DPO would teach to say little."""
     found = means(rated("description"))
     assert max(found, key=found.get) == "faithful"
     assert found["faithful"] - max(value for name, value in found.items() if name != "faithful") > 0.2
-    assert found["omitter"] < max(found["inventor"], found["flatterer"], found["dreamer"])
+    inventing = mean(found[name] for name in ("inventor", "flatterer", "dreamer"))
+    assert found["omitter"] == pytest.approx(inventing, abs=0.1)
     assert max(found["refuser"], found["colour-blind"]) < found["omitter"]
     answers = means(rated("yes-no"))
     for name in ("flatterer", "omitter", "refuser"):
