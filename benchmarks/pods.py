@@ -1,8 +1,7 @@
 """Compiles every machine's config at full size with the real compilers of TPUs and GPUs and writes the table.
 
     python -m benchmarks.pods [--out results]         (needs the tpu and cuda12 extras; a minute a config on two cores)
-    python -m benchmarks.pods --only silkie-v5e-16 silkie-1x80gb --loss sigmoid '{name: vdpo, guide: policy}' \
-        '{name: spa, extrapolation: 0.5}'
+    python -m benchmarks.pods --only silkie-v5e-16 silkie-1x80gb --loss sigmoid '{name: spa, extrapolation: 0.5}'
 
 Each config is compiled in a process of its own by `silkie compile`; nothing runs. Times and rates are forecasts.
 `--loss` compiles each config with each of these losses in place of its own, the reference computed in the step.
