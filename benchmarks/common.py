@@ -33,7 +33,7 @@ def machine() -> str:
 
 
 def keep(name: str, text: str, out: str | None, *, finished: bool = True) -> None:
-    """Writes a result to `out`, or to benchmarks/results where `out` is `results`; prints it when it is finished.
+    """Writes a result to the file or into the folder `out`, where `results` is the one here; prints it when finished.
 
     Called after each part of a measurement, so that one which is cut off keeps what it has.
     """
@@ -41,7 +41,9 @@ def keep(name: str, text: str, out: str | None, *, finished: bool = True) -> Non
     if finished:
         print(body)
     if out:
-        path = Path(__file__).parent / "results" / f"{name}-{date.today()}.md" if out == "results" else Path(out)
+        path = Path(__file__).parent / "results" if out == "results" else Path(out)
+        if out == "results" or path.is_dir():
+            path /= f"{name}-{date.today()}.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(body)
         if finished:
