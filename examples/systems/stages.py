@@ -31,8 +31,8 @@ class Sizes:
 
     vdpo_steps: int = quickstart.Sizes().dpo_steps
     prompts: int = 160
-    own_steps: int = 40
-    spa_seed: int = 24
+    own_steps: int = 80
+    spa_seed: int = 48
     rounds: int = 2
     spa_take: int = 80
     csr_take: int = 60
