@@ -23,7 +23,7 @@ from silkie_jax.hardware.topologies import find_devices, prepare
 
 HEADS, WIDTH = 32, 128
 VISION_HEADS, VISION_WIDTH, PATCHES = 16, 104, 1024
-KERNELS = ("plain", "flash", "cudnn")
+KERNELS = ("plain", "flash", "cudnn", "tokamax")
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,9 @@ from silkie_jax.nn.kept import Keeper
 
 # What `attention: auto` may mean, the first before anything is measured. Elsewhere, on the CPU, XLA's own fusions are
 # as good, and the one-pass kernel would be interpreted.
-CANDIDATES = {"tpu": ("flash",), "gpu": ("flash", "cudnn")}
+CANDIDATES = {"tpu": ("flash",), "gpu": ("flash", "cudnn", "tokamax")}
+_NVIDIA = ("cudnn", "tokamax")  # for bfloat16 alone
+_ABSENT = "it is not installed; the extra `tokamax` brings it, on Python 3.12 or later"
 # Workstation GPUs (Ampere, Ada, Blackwell), whose blocks can have 99 KiB of shared memory: the gradient of keys takes
 # 114 with the blocks of data centre GPUs, by XLA's compiler.
 _SMALL, _SMALL_BLOCKS = ("8.6", "8.9", "12.0", "12.1"), (64, 64)
@@ -33,8 +36,10 @@ def attention_kernel(name: str, dtype: str, mesh: Mesh) -> Kernel:
     """
     platform = platform_of(mesh)
     name = CANDIDATES.get(platform, ("plain",))[0] if name == "auto" else name
-    if name == "cudnn" and (platform != "gpu" or dtype != "bfloat16"):
-        raise UserError(f"attention: cudnn is for bfloat16 on NVIDIA GPUs, and this is {dtype} on {platform}; use auto")
+    if name in _NVIDIA and (platform != "gpu" or dtype != "bfloat16"):
+        raise UserError(
+            f"attention: {name} is for bfloat16 on NVIDIA GPUs, and this is {dtype} on {platform}; use auto"
+        )
     where = platform if platform in CANDIDATES else "interpret"
     return Kernel(name, where, mesh, BATCH, RULES["heads"], _largest_blocks(mesh))
 
@@ -59,13 +64,13 @@ def sound_kernel(
     if platform not in CANDIDATES or name == "plain":
         return attention_kernel(name, dtype, mesh)
     names = CANDIDATES[platform] if name == "auto" else (name,)
-    kernels = [attention_kernel(n, dtype, mesh) for n in names if n != "cudnn" or name == n or dtype == "bfloat16"]
+    kernels = [attention_kernel(n, dtype, mesh) for n in names if n not in _NVIDIA or name == n or dtype == "bfloat16"]
     wrong = [_what_is_wrong(kernel, jnp.dtype(dtype)) for kernel in kernels]
     with together():
         for kernel, why in zip(kernels, wrong, strict=True):
             if why and name != "auto":
                 raise UserError(f"attention: {name} is not sound on this machine: {why}; use attention=plain")
-            if why:
+            if why and why != _ABSENT:
                 say(f"attention: {kernel.name} is not sound on this machine and is left out: {why}")
     # All hosts must take the same one: what is sound on each of them, and of these what the first one chooses.
     sound = on_all_hosts([not why for why in wrong])
@@ -158,6 +163,8 @@ def _what_is_wrong(kernel: Kernel, dtype: jnp.dtype) -> str | None:
         (_, out), gradients = run(*arguments)
         return [np.asarray(x, np.float64) for x in (out, *gradients)]
 
+    if kernel.name == "tokamax" and find_spec("tokamax") is None:
+        return _ABSENT
     both: list[tuple[np.ndarray, np.ndarray]] = []
     try:
         for case in _CASES:

@@ -64,7 +64,8 @@ class Kernel:
 
     Attributes:
         name: `plain`, the function above, is what holds everywhere. `flash` is one pass in Pallas for TPU and GPU
-            (flash.py), `cudnn` NVIDIA's, for bfloat16 on its GPUs: neither ever holds [T, T] scores.
+            (flash.py), `cudnn` NVIDIA's and `tokamax` the one in Mosaic of the library of that name, both for bfloat16
+            on NVIDIA's GPUs: none of the three ever holds [T, T] scores.
         platform: of the devices, `tpu` or `gpu` ('interpret': any, slowly).
         most: the largest blocks that `flash` may take (flash.py); None: those that are best on the platform.
         mesh, batch, heads: where arrays lie, and which axes of the mesh split rows and heads; None: on one device.
@@ -79,13 +80,18 @@ class Kernel:
 
     def among(self, branches: Int[Array, "B T"]) -> Attend:
         """Attention of rows with these branches, the same for all layers."""
-        if self.name == "flash":
-            return partial(self._flash, branches=branches)
+        if self._own:
+            return partial(self._each, branches=branches)
         return partial(self._whole, mask=branch_mask(branches))
 
     def everywhere(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """Attention in which every query sees every key."""
-        return self._flash(q, k, v) if self.name == "flash" else self._whole(q, k, v)
+        return self._each(q, k, v) if self._own else self._whole(q, k, v)
+
+    @property
+    def _own(self) -> bool:
+        """XLA cannot see into it and would gather everything for it: each device attends for its own part."""
+        return self.name in ("flash", "tokamax")
 
     def spec(self, heads: int) -> tuple[tuple[str, ...], None, str | None]:
         """The mesh axes of arrays [B, T, H, ...]: heads are whole where the mesh does not divide them."""
@@ -98,20 +104,34 @@ class Kernel:
             return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
         return attention(q, k, v, mask)
 
-    def _flash(self, q: jax.Array, k: jax.Array, v: jax.Array, branches: jax.Array | None = None) -> jax.Array:
+    def _each(self, q: jax.Array, k: jax.Array, v: jax.Array, branches: jax.Array | None = None) -> jax.Array:
         visible = None if branches is None else _visible
 
         def local(q: jax.Array, k: jax.Array, v: jax.Array, branches: jax.Array | None) -> jax.Array:
+            if self.name == "tokamax":
+                return _tokamax(q, k, v, branches, self.platform)
             return flash_attention(q, k, v, branches, visible, platform=self.platform, most=self.most)
 
         if self.mesh is None:
             return local(q, k, v, branches)
-        # XLA cannot see into the kernel and would gather everything for it: each device attends for its own part. A
-        # mesh of one device still tells Pallas what that device is, where it is not there.
+        # A mesh of one device still tells Pallas what that device is, where it is not there.
         part, ids = PartitionSpec(*self.spec(q.shape[2])), PartitionSpec(self.batch)
         specs = (part, part, part, None if branches is None else ids)
         split = jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=part, check_vma=False)
         return split(q, k, v, branches)
+
+
+def _tokamax(q: jax.Array, k: jax.Array, v: jax.Array, branches: jax.Array | None, platform: str) -> jax.Array:
+    """Attention by tokamax: on a GPU its kernel, elsewhere what it takes for the truth."""
+    import tokamax  # an extra
+
+    mask = None
+    if branches is not None:
+        # Padding sees itself, for a query that sees nothing may get NaN.
+        itself = jnp.eye(branches.shape[1], dtype=bool)
+        mask = (branch_mask(branches) | itself)[:, None]
+    way = "mosaic_gpu" if platform == "gpu" else "xla"
+    return tokamax.dot_product_attention(q, k, v, mask=mask, implementation=way)
 
 
 PLAIN = Kernel()

@@ -19,7 +19,7 @@ FEATURES = ("live", "precomputed")
 VISION = ("none", "resampler", "all")
 SCHEDULES = ("cosine", "linear", "constant")
 REMAT = ("full", "dots", "none")
-ATTENTION = ("auto", "plain", "flash", "cudnn")
+ATTENTION = ("auto", "plain", "flash", "cudnn", "tokamax")
 ON_NONFINITE = ("stop", "skip")
 DTYPES = ("bfloat16", "float32")
 
@@ -323,5 +323,5 @@ def training_of(config: TrainConfig) -> Training:
         null_images=0 if config.features == "precomputed" else sum(null.draws for null in config.encoded_null_images),
         mixed_gradient=any(term.needs.mixed and term.needs.mixed.through != "nothing" for term in config.terms),
         remat=config.remat,
-        attention_again=config.attention in ("plain", "cudnn"),
+        attention_again=config.attention in ("plain", "cudnn", "tokamax"),
     )

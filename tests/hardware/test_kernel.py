@@ -34,6 +34,7 @@ def gpu(monkeypatch):
 
     monkeypatch.setattr(module, "platform_of", lambda mesh: "gpu")
     monkeypatch.setattr(module, "_largest_blocks", lambda mesh: None)
+    monkeypatch.setattr(module, "find_spec", lambda name: None)  # tokamax, an extra
     monkeypatch.setattr(Kernel, "among", lambda self, branches: pretend(self, real(Kernel(), branches)))
     monkeypatch.setattr(Kernel, "everywhere", lambda self, q, k, v: pretend(self, attention)(q, k, v))
     return outcomes
@@ -50,6 +51,43 @@ def test_auto_takes_the_fastest_of_the_sound_ones(gpu, monkeypatch, capsys):
     monkeypatch.setattr(module, "_run", small(module._run))
     assert sound_kernel("auto", "bfloat16", None).name == "cudnn"
     assert capsys.readouterr().out == "attention: cudnn (flash 2000.00 ms, cudnn 1000.00 ms a layer of four rows)\n"
+
+
+def test_tokamax_is_a_third_candidate_where_it_is_installed(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(module, "_run", small(module._run))
+    assert sound_kernel("auto", "bfloat16", None, before="tokamax").name in ("flash", "cudnn")
+    assert "tokamax" not in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match="tokamax is not sound on this machine: it is not installed; the extra `tokamax`"
+    ):
+        sound_kernel("tokamax", "bfloat16", None)
+    monkeypatch.setattr(module, "find_spec", lambda name: "there")
+    assert sound_kernel("auto", "bfloat16", None, before="tokamax").name == "tokamax"
+    gpu["tokamax"] = lambda out: 1.1 * out
+    assert sound_kernel("auto", "bfloat16", None, before="tokamax").name != "tokamax"
+    assert "attention: tokamax is not sound on this machine and is left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 1, 2)])
+def test_what_tokamax_takes_for_the_truth_is_the_plain_path(mesh):
+    """On the CPU its kernel is not to be had; the mask, the padding and the mesh are the same."""
+    pytest.importorskip("tokamax", reason="tokamax is not installed (an extra, for Python 3.12 or later)")
+    branches = jnp.asarray([[0] * 20 + [1] * 20 + [2] * 20 + [-1] * 4, [0] * 40 + [1] * 24])
+    q, k, v = (jnp.asarray(np.random.default_rng(n).standard_normal((2, 64, 2, 16)), jnp.float32) for n in range(3))
+    over = None if mesh is None else make_mesh(*mesh, devices=jax.devices()[:4])
+    kernel = Kernel("tokamax", "interpret", over, ("data", "fsdp"), "tensor")
+    seen = (branches >= 0)[..., None, None]
+
+    def values(kernel):
+        def loss(q, k, v):
+            out = jnp.where(seen, kernel.among(branches)(q, k, v), 0)
+            return (out**2).sum(), out
+
+        (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+        return [out, *gradients, kernel.everywhere(q, k, v)]
+
+    for ours, theirs in zip(values(kernel), values(Kernel()), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
 def small(run):
@@ -111,7 +149,7 @@ def test_a_kernel_that_fails_on_images_alone_is_noticed(gpu, capsys):
 @pytest.fixture
 def other_host(monkeypatch):
     """What another host finds sound, and what it dies of."""
-    other = {"sound": [True, True], "dies": ""}
+    other = {"sound": [True, True, True], "dies": ""}
 
     def gather(own):
         if own.dtype == bool:
@@ -126,7 +164,7 @@ def other_host(monkeypatch):
 
 def test_hosts_take_what_is_sound_on_all_of_them(gpu, other_host):
     """Another host says that flash is not sound there; the first host's choice is everybody's."""
-    other_host["sound"] = [False, True]
+    other_host["sound"] = [False, True, True]
     assert sound_kernel("auto", "bfloat16", None).name == "cudnn"
 
 
