@@ -38,7 +38,7 @@ class Sizes:
     scenes: int = 450
     held_out: int = 100
     sft_steps: int = 140
-    dpo_steps: int = 160
+    dpo_steps: int = 180
 
 
 FAST = Sizes(scenes=40, held_out=6, sft_steps=4, dpo_steps=4)
