@@ -1,8 +1,8 @@
 """What several runs of the quickstart say side by side, each with a seed of its own: of scenes, answers and training.
 
     python -m examples.quickstart runs/seed-12 --seed 12
-    python -m examples.quickstart runs/seed-13 --seed 13
-    python -m examples.seeds runs/seed-12 runs/seed-13
+    python -m examples.quickstart runs/seed-15 --seed 15
+    python -m examples.seeds runs/seed-12 runs/seed-15
 
 prints for each figure and run: before -> after DPO, and the change's 95 % interval by paired bootstrap over scenes.
 """
